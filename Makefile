@@ -1,0 +1,36 @@
+# Every target does its own set-up: `make demo`, `make test`, `make bench`. TORCH=... picks another torch, VENV=... another place.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*)
+
+.PHONY: demo test lint bench clean
+
+demo: $(STAMP)
+	$(BIN)/fastercache demo --out out/demo
+
+test: $(STAMP) lint
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest bench/test_ops.py --benchmark-only
+
+# The package is built against the torch that is there (--no-build-isolation), and the constraint keeps pip from replacing it.
+$(STAMP): $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet "setuptools>=77" "pybind11>=2.13" ninja
+	$(BIN)/python -c "import torch; print('torch==' + torch.__version__)" > $(VENV)/torch.txt
+	$(BIN)/pip install --quiet --no-build-isolation --constraint $(VENV)/torch.txt -e ".[demo,test,triton]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build out .pytest_cache .mypy_cache .ruff_cache .benchmarks *.egg-info fastercache/*.so

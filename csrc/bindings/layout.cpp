@@ -1,0 +1,55 @@
+// fastercache._layout: how many bytes a ring takes and where its slots lie. Host-side planning only; never traced.
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+namespace {
+
+class RingLayout {
+ public:
+  RingLayout(int64_t slots, int64_t rows, int64_t row_bytes, int64_t alignment)
+      : slots_(slots), rows_(rows), row_bytes_(row_bytes), alignment_(alignment) {
+    check("slots", slots, slots > 0, "at least 1");
+    check("rows", rows, rows > 0, "at least 1");
+    check("row_bytes", row_bytes, row_bytes > 0, "at least 1");
+    check("alignment", alignment, alignment > 0 && (alignment & (alignment - 1)) == 0, "a power of two");
+    check("row_bytes", row_bytes, row_bytes <= (kLimit - alignment) / rows, "at most 2**63 - 1 bytes a slot");
+    slot_stride_ = (rows * row_bytes + alignment - 1) / alignment * alignment;
+    check("slots", slots, slots <= kLimit / slot_stride_, "at most 2**63 - 1 bytes in all");
+  }
+
+  int64_t bytes() const { return slots_ * slot_stride_; }
+  int64_t slot_stride_bytes() const { return slot_stride_; }
+
+  std::string repr() const {
+    return "RingLayout(slots=" + std::to_string(slots_) + ", rows=" + std::to_string(rows_) + ", row_bytes=" +
+        std::to_string(row_bytes_) + ", alignment=" + std::to_string(alignment_) + ")";
+  }
+
+ private:
+  static constexpr int64_t kLimit = std::numeric_limits<int64_t>::max();
+
+  static void check(const char* name, int64_t value, bool valid, const char* expected) {
+    if (!valid) throw std::invalid_argument(std::string(name) + " is " + std::to_string(value) + ", expected " + expected);
+  }
+
+  int64_t slots_, rows_, row_bytes_, alignment_, slot_stride_ = 0;
+};
+
+}  // namespace
+
+PYBIND11_MODULE(_layout, m) {
+  namespace py = pybind11;
+  using py::literals::operator""_a;
+  m.doc() = "Host-side planning of a cache ring's bytes.";
+  // 256 bytes is what CUDA's allocators align to: every slot can then be read with the widest loads.
+  py::class_<RingLayout>(m, "RingLayout", "The bytes of one ring: `slots` slots of `rows` rows of `row_bytes`, each slot aligned.")
+      .def(py::init<int64_t, int64_t, int64_t, int64_t>(), "slots"_a, "rows"_a, "row_bytes"_a, "alignment"_a = 256)
+      .def_property_readonly("bytes", &RingLayout::bytes, "Bytes of the whole ring, padding included.")
+      .def_property_readonly("slot_stride_bytes", &RingLayout::slot_stride_bytes, "Bytes from one slot to the next.")
+      .def("__repr__", &RingLayout::repr);
+}

@@ -1,0 +1,34 @@
+"""FasterCache for video diffusion transformers: `fastercache.compile(pipe)`."""
+
+from fastercache import policies
+from fastercache.api import compile, disabled, restore, run, summary
+from fastercache.errors import (
+    CompileError,
+    FasterCacheError,
+    FasterCacheWarning,
+    RunError,
+    ScheduleError,
+    UnsupportedModelError,
+)
+from fastercache.report import Summary
+from fastercache.schedule import Schedule, Step
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CompileError",
+    "FasterCacheError",
+    "FasterCacheWarning",
+    "RunError",
+    "Schedule",
+    "ScheduleError",
+    "Step",
+    "Summary",
+    "UnsupportedModelError",
+    "compile",
+    "disabled",
+    "policies",
+    "restore",
+    "run",
+    "summary",
+]

@@ -1,0 +1,133 @@
+"""The public functions: compile, run, disabled, restore, summary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from torch import nn
+
+from fastercache import pipelines, policies
+from fastercache.engine import Engine, RunSpec
+from fastercache.errors import CompileError, RunError, ScheduleError, UnsupportedModelError
+from fastercache.families import BranchOrder, family_of
+from fastercache.policies import Policy
+from fastercache.report import Summary
+from fastercache.schedule import Schedule
+
+T = TypeVar("T")
+_ENGINE = "_fastercache_engine"
+
+
+def compile(
+    target: T,
+    schedule: Schedule | Policy | str | Path | None = None,
+    *,
+    steps: int | None = None,
+    cfg: BranchOrder | None = None,
+) -> T:
+    """Make a pipeline or a denoiser run a caching schedule; returns the same object.
+
+    target: a diffusers pipeline, whose calls then are runs, or a denoiser (`nn.Module` of a known family).
+    schedule: a policy's name (default "paper", see `fastercache.policies`), a policy, a `Schedule`, or the path of its JSON file.
+    steps, cfg: for a denoiser without a pipeline only: every `steps` calls are one run, whose batch is laid out as `cfg` says
+        ("uncond-first", "cond-first", or "none" for no guidance). Without them the model runs uncached, and says so, until
+        `fastercache.run` tells.
+
+    Errors leave the target as it was: `UnsupportedModelError`, `ScheduleError`, `CompileError` (compiled already, by this or by torch).
+    """
+    plan = _schedule(schedule)
+    if pipelines.is_pipeline(target):
+        if steps is not None or cfg is not None:
+            raise CompileError("a pipeline tells its own step count and guidance; leave out steps= and cfg=")
+        component, model = pipelines.denoiser_of(target)
+        pipelines.attach(target, component, _install(model, plan, None))
+        return target
+    if not isinstance(target, nn.Module):
+        raise UnsupportedModelError(f"cannot compile a {type(target).__name__}; pass a diffusers pipeline or a denoiser (nn.Module)")
+    if (steps is None) != (cfg is None):
+        raise CompileError(f"steps={steps!r} with cfg={cfg!r}: give both, or neither and enter fastercache.run(model, steps=..., cfg=...)")
+    default = None if steps is None or cfg is None else _spec(steps, cfg)
+    _install(target, plan, default)
+    return target
+
+
+def _schedule(schedule: Schedule | Policy | str | Path | None) -> Schedule | Policy:
+    if schedule is None:
+        return policies.paper
+    if isinstance(schedule, str) and not schedule.endswith(".json"):
+        return policies.get(schedule)
+    if isinstance(schedule, str | Path):
+        return Schedule.from_json(Path(schedule))
+    if isinstance(schedule, Schedule) or callable(schedule):
+        return schedule
+    raise ScheduleError(f"schedule is a {type(schedule).__name__}; pass a policy or its name, a Schedule, or the path of a JSON file")
+
+
+def _spec(steps: int, cfg: BranchOrder) -> RunSpec:
+    if not isinstance(steps, int) or steps < 1:
+        raise RunError(f"steps is {steps!r}; it must be the number of denoiser calls in a run, at least 1")
+    if cfg not in get_args(BranchOrder):
+        raise RunError(f"cfg is {cfg!r}; it must be one of {', '.join(map(repr, get_args(BranchOrder)))}")
+    return RunSpec(steps, cfg)
+
+
+def _install(model: nn.Module, schedule: Schedule | Policy, default: RunSpec | None) -> Engine:
+    if hasattr(model, "_orig_mod") or any(getattr(part, "_compiled_call_impl", None) is not None for part in model.modules()):
+        raise CompileError(
+            f"{type(getattr(model, '_orig_mod', model)).__name__} is compiled by torch already, and the schedule cannot reach inside its "
+            "graphs; pass the model as it was before torch.compile (for a wrapped model: model._orig_mod)"
+        )
+    if hasattr(model, _ENGINE):
+        raise CompileError(f"this {type(model).__name__} is compiled by fastercache already; call fastercache.restore first")
+    if getattr(model, "is_cache_enabled", False):
+        raise CompileError(f"this {type(model).__name__} has a diffusers cache enabled; call model.disable_cache() first")
+    engine = Engine(model, family_of(model), schedule, default)
+    setattr(model, _ENGINE, engine)
+    return engine
+
+
+def _engine(target: Any, action: Callable[..., Any]) -> Engine:
+    if pipelines.is_pipeline(target):
+        for part in target.components.values():
+            if hasattr(part, _ENGINE):
+                return getattr(part, _ENGINE)
+    elif hasattr(target, _ENGINE):
+        return getattr(target, _ENGINE)
+    raise CompileError(f"fastercache.{action.__name__}: this {type(target).__name__} is not compiled; call fastercache.compile first")
+
+
+def restore(target: T) -> T:
+    """Give back the original pipeline or denoiser, untouched, and free the caches; returns the same object."""
+    engine = _engine(target, restore)
+    engine.detach()
+    delattr(engine.model, _ENGINE)
+    if pipelines.is_pipeline(target):
+        pipelines.detach(target)
+    return target
+
+
+@contextmanager
+def disabled(target: Any) -> Iterator[None]:
+    """Run uncached inside this block, for comparison."""
+    with _engine(target, disabled).disabled():
+        yield
+
+
+@contextmanager
+def run(model: nn.Module, *, steps: int, cfg: BranchOrder) -> Iterator[None]:
+    """All calls of a compiled denoiser inside are one run of `steps` calls, with batches laid out as `cfg` says (see `compile`)."""
+    spec = _spec(steps, cfg)
+    with _engine(model, run).scope(lambda: spec):
+        yield
+
+
+def summary(target: Any) -> Summary:
+    """What the last run did: steps computed, blended and skipped, the cache's bytes, the ops' implementations, and every fallback."""
+    engine = _engine(target, summary)
+    return engine.last or Summary(
+        type(engine.model).__name__, engine.family.name, getattr(engine.schedule, "name", getattr(engine.schedule, "__name__", "policy")),
+        "not known yet", 0, notes=["no run has ended yet"],
+    )  # fmt: skip

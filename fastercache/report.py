@@ -1,0 +1,90 @@
+"""What a run did, in numbers and in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastercache.families import Site
+from fastercache.flops import RunFlops
+from fastercache.plan import Plan, PlannedStep, group_of
+
+
+@dataclass(frozen=True)
+class SiteSteps:
+    """Steps on which the sites of one kind were computed, blended, or not run, in one branch."""
+
+    branch: str
+    kind: str
+    computed: int
+    blended: int
+    skipped: int
+
+
+@dataclass
+class Summary:
+    """The last run of a compiled model. `print` it; `as_dict` gives the same as plain data.
+
+    steps, steps_done: planned and made calls of the denoiser. cache_bytes_planned, cache_bytes: before the run and as allocated.
+    implementations: of each op that ran, such as `{"ring_blend": "C++"}`. notes: what fell back and why, and what went wrong.
+    """
+
+    model: str
+    family: str
+    schedule: str
+    guidance: str
+    steps: int
+    steps_done: int = 0
+    sites: tuple[SiteSteps, ...] = ()
+    cache_bytes_planned: int = 0
+    cache_bytes: int = 0
+    implementations: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    chart: str = ""
+    _count_flops: Callable[[], RunFlops] | None = field(default=None, repr=False)
+
+    @property
+    def flops(self) -> RunFlops:
+        """Operations of the whole schedule and of the same run uncached, counted when first asked for (a second or two)."""
+        if self._count_flops is None:
+            raise ValueError("no schedule ran: there are no operations to compare")
+        result = self._count_flops()
+        self._count_flops = lambda: result
+        return result
+
+    @property
+    def skipped_anything(self) -> bool:
+        return any(row.blended or row.skipped for row in self.sites)
+
+    def as_dict(self) -> dict[str, Any]:
+        plain = {key: value for key, value in vars(self).items() if not key.startswith("_")}
+        return plain | {"sites": [vars(row) for row in self.sites]}
+
+    def __str__(self) -> str:
+        done = f"{self.steps_done} of {self.steps} steps" if self.steps_done != self.steps else f"{self.steps} steps"
+        lines = [f"{self.model} ({self.family}): schedule {self.schedule!r}, {done}, guidance {self.guidance}", self.chart]
+        if self.sites:
+            lines.append(f"{'branch':<8}{'sites':<10}{'computed':>9}{'blended':>9}{'not run':>9}   (steps)")
+            lines += [f"{row.branch:<8}{row.kind:<10}{row.computed:>9}{row.blended:>9}{row.skipped:>9}" for row in self.sites]
+        lines.append(f"cache: {self.cache_bytes / 1e6:.1f} MB (planned {self.cache_bytes_planned / 1e6:.1f} MB)")
+        if self.implementations:
+            lines.append("ops: " + ", ".join(f"{op} in {how}" for op, how in self.implementations.items()))
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(line for line in lines if line)
+
+
+def count_sites(plan: Plan, sites: Sequence[Site], done: Sequence[PlannedStep]) -> tuple[SiteSteps, ...]:
+    """Tally the executed steps by branch and kind of site."""
+    groups = {site.kind: group_of(plan.groups, site.kind, site.layer) for site in reversed(sites)}
+    for site in sites:
+        found = group_of(plan.groups, site.kind, site.layer)
+        groups[site.kind] = groups[site.kind] if found is None else found
+    rows = []
+    for branch in plan.branches:
+        ran = [step for step in done if branch in step.branches]
+        for kind in dict.fromkeys(site.kind for site in sites):
+            group = groups[kind]
+            blended = 0 if group is None else sum(step.groups[group].blend for step in ran)
+            rows.append(SiteSteps(branch, kind, len(ran) - blended, blended, len(done) - len(ran)))
+    return tuple(rows)

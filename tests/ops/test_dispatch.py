@@ -1,0 +1,192 @@
+"""The ops as torch sees them: schemas, fake implementations, compilation, error messages, fallbacks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastercache import ops
+
+from .helpers import OPS, generator, make_row, randn
+
+
+def arguments(name, dtype=torch.float32):
+    """Valid arguments of an op, one of them a view with gaps."""
+    rng = generator(0)
+    ring = randn([3, 4, 5, 6], dtype, rng)[:, 2:]
+    x, gate = randn([2, 5, 6], dtype, rng, "permuted"), randn([2, 1, 6], dtype, rng)
+    cond, low, high = randn([2, 5, 6], dtype, rng), *(randn([2, 5, 6], ops.map_dtype(dtype), rng) for _ in range(2))
+    row = make_row([1.5, -0.5], [2, 1], push=1, low=1.0, high=1.2)
+    return {
+        "ring_push": {"ring": ring, "x": x, "row": row},
+        "ring_blend": {"ring": ring, "row": row},
+        "ring_blend_add": {"x": x.contiguous(), "gate": gate, "ring": ring, "row": row},
+        "cfg_split": {"low": low, "high": high, "uncond": x, "cond": cond, "radius": 1},
+        "cfg_reconstruct": {"out": randn([4, 5, 6], dtype, rng), "cond": x, "low": low, "high": high, "row": row, "cond_half": 1},
+    }[name]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck(name, dtype):
+    torch.library.opcheck(getattr(torch.ops.fastercache, name).default, tuple(arguments(name, dtype).values()))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_fake_tensors(name):
+    """An op on meta tensors, the whole function with its checks, gives the shape and dtype and touches no memory."""
+    real = arguments(name, torch.bfloat16)
+    out = getattr(ops, name)(**{key: value.to("meta") if isinstance(value, torch.Tensor) else value for key, value in real.items()})
+    expected = getattr(ops, name)(**real)
+    if expected is None:
+        assert out is None
+    else:
+        assert (out.shape, out.dtype, out.stride()) == (expected.shape, expected.dtype, expected.stride())
+
+
+def test_compiles_to_one_graph_that_other_rows_reuse():
+    def step(ring, x, gate, row):
+        ops.ring_push(ring[:, 2:], x, row)
+        y = x * 1.0
+        ops.ring_blend_add(y, gate, ring[:, 2:], row)
+        return y + ops.ring_blend(ring[:, 2:], row)
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    rng = generator(0)
+    for push in (0, 1, 2):
+        ring, x, gate = randn([3, 4, 5, 6], torch.float32, rng), randn([2, 5, 6], torch.float32, rng), torch.ones(1)
+        row = make_row([1.5, -0.5], [push, (push + 1) % 3], push=push)
+        other = ring.clone()
+        with torch.compiler.set_stance("default" if push == 0 else "fail_on_recompile"):
+            assert torch.equal(compiled(ring, x, gate, row), step(other, x, gate, row))
+        assert torch.equal(ring, other)
+
+
+def test_reconstruct_in_place_compiles():
+    def step(out, low, high, row):
+        out = out + 0
+        ops.cfg_reconstruct(out, out[2:], low, high, row, 1)
+        return out
+
+    args = arguments("cfg_reconstruct")
+    given = [args[key] for key in ("out", "low", "high", "row")]
+    assert torch.equal(torch.compile(step, backend="aot_eager", fullgraph=True)(*given), step(*given))
+
+
+def overlapping(shape):
+    return torch.zeros(shape[1:]).expand(shape)
+
+
+ERRORS = [
+    ("ring_push", {"ring": torch.zeros(3, 2, 5, 6, dtype=torch.int32)}, TypeError, "ring has dtype torch.int32"),
+    ("ring_push", {"ring": torch.zeros(())}, ValueError, r"ring has shape \[\], expected \[slots"),
+    ("ring_push", {"ring": torch.zeros(0, 2, 5, 6)}, ValueError, "at least one slot"),
+    ("ring_push", {"ring": torch.zeros(3, 2, 6, 5).transpose(2, 3)}, ValueError, r"ring has strides \[60, 30, 1, 5\]"),
+    ("ring_push", {"ring": overlapping((3, 2, 5, 6))}, ValueError, "slots of 60 elements 0 apart"),
+    ("ring_push", {"x": torch.zeros(2, 5, 7)}, ValueError, r"x has shape \[2, 5, 7\], expected \[2, 5, 6\]"),
+    ("ring_push", {"x": torch.zeros(2, 5, 6, dtype=torch.float16)}, TypeError, "x has dtype torch.float16, expected torch.float32"),
+    ("ring_push", {"x": torch.zeros(2, 5, 6, device="meta")}, ValueError, "x is on meta, expected cpu"),
+    ("ring_push", {"row": torch.zeros(15)}, ValueError, r"row has shape \[15\], expected \[16\]"),
+    ("ring_push", {"row": torch.zeros(16, 1)}, ValueError, r"row has shape \[16, 1\]"),
+    ("ring_push", {"row": torch.zeros(16, dtype=torch.float64)}, TypeError, "row has dtype torch.float64"),
+    ("ring_push", {"row": torch.zeros(16, device="meta")}, ValueError, "row is on meta, expected cpu"),
+    ("ring_push", {"row": torch.zeros(32)[::2]}, ValueError, r"row has strides \[2\]"),
+    ("ring_push", {"row": make_row(push=3)}, (RuntimeError, IndexError), "slot 3|out of bounds"),
+    ("ring_push", {"row": make_row(push=-1)}, (RuntimeError, IndexError), "slot -1|out of bounds"),
+    ("ring_blend", {"row": make_row([1.0], [7])}, (RuntimeError, IndexError), "slot 7|out of (range|bounds)"),
+    ("ring_blend", {"row": torch.zeros(17)}, ValueError, r"row has shape \[17\]"),
+    ("ring_blend_add", {"x": torch.zeros(2, 6, 5).transpose(1, 2)}, ValueError, "expected 1 in the last dimension"),
+    ("ring_blend_add", {"x": torch.zeros(1, 5, 6).expand(2, 5, 6)}, ValueError, "expected no broadcast dimension"),
+    ("ring_blend_add", {"gate": torch.zeros(2, 1, 6, dtype=torch.bfloat16)}, TypeError, "gate has dtype torch.bfloat16"),
+    ("ring_blend_add", {"gate": torch.zeros(3, 1, 6)}, ValueError, r"gate has shape \[3, 1, 6\]"),
+    ("ring_blend_add", {"gate": torch.zeros(1, 2, 5, 6)}, ValueError, r"gate has shape \[1, 2, 5, 6\]"),
+    ("ring_blend_add", {"gate": torch.zeros(1, device="meta")}, ValueError, "gate is on meta"),
+    ("cfg_split", {"uncond": torch.zeros(2, 5, 6, dtype=torch.int64)}, TypeError, "uncond has dtype torch.int64"),
+    ("cfg_split", {"uncond": torch.zeros(6)}, ValueError, r"expected \[..., H, W\]"),
+    ("cfg_split", {"cond": torch.zeros(1, 5, 6)}, ValueError, r"cond has shape \[1, 5, 6\]"),
+    ("cfg_split", {"low": torch.zeros(2, 5, 6, dtype=torch.float64)}, TypeError, "low has dtype torch.float64"),
+    ("cfg_split", {"high": torch.zeros(2, 6, 5).mT}, ValueError, "high has strides"),
+    ("cfg_split", {"radius": 3}, ValueError, "radius is 3 for planes of 5 x 6"),
+    ("cfg_split", {"radius": -1}, ValueError, "radius is -1"),
+    ("cfg_split", {"radius": 1.0}, TypeError, "radius is 1.0, expected an int"),
+    ("cfg_reconstruct", {"out": torch.zeros(3, 5, 6)}, ValueError, r"out has shape \[3, 5, 6\], expected \[4, 5, 6\]"),
+    ("cfg_reconstruct", {"out": torch.zeros(4, 6, 5).mT}, ValueError, "out has strides"),
+    ("cfg_reconstruct", {"cond": torch.zeros(2, 5, 6, dtype=torch.int8)}, TypeError, "cond has dtype torch.int8"),
+    ("cfg_reconstruct", {"cond": torch.zeros(())}, ValueError, "cond has no dimension"),
+    ("cfg_reconstruct", {"low": torch.zeros(4, 5, 6)}, ValueError, r"low has shape \[4, 5, 6\]"),
+    ("cfg_reconstruct", {"row": torch.zeros(2, 8)}, ValueError, r"row has shape \[2, 8\]"),
+    ("cfg_reconstruct", {"cond_half": 2}, ValueError, "cond_half is 2"),
+]
+
+
+@pytest.mark.parametrize("name,wrong,error,message", ERRORS)
+def test_errors_name_the_bad_value(name, wrong, error, message):
+    with pytest.raises(error, match=message):
+        getattr(ops, name)(**(arguments(name) | wrong))
+
+
+def test_low_and_high_must_differ():
+    low = torch.zeros(2, 5, 6)
+    with pytest.raises(ValueError, match="one tensor"):
+        ops.cfg_split(**(arguments("cfg_split") | {"low": low, "high": low}))
+
+
+def test_prepare_checks_its_radius():
+    ops.prepare_cfg_split(60, 90, 12, torch.bfloat16, "cpu")
+    with pytest.raises(ValueError, match="radius is 30 for planes of 60 x 90"):
+        ops.prepare_cfg_split(60, 90, 30, torch.bfloat16, "cpu")
+
+
+def in_new_process(script, **environment):
+    """What `script` prints as JSON in a process of its own."""
+    run = subprocess.run([sys.executable, "-c", script], env=os.environ | environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+REPORT = """
+import json, sys
+{before}
+import torch
+from fastercache import ops
+ring = torch.zeros(2, 3)
+row = torch.zeros(16)
+ops.ring_push(ring, torch.ones(3), row)
+print(json.dumps([ops.implementations()["ring_blend"], ops.fallback_reasons(), ring.tolist()]))
+"""
+
+
+def test_the_reference_can_be_forced():
+    chosen, reasons, ring = in_new_process(REPORT.format(before=""), FASTERCACHE_FORCE_REFERENCE="1")
+    assert chosen == {"cpu": "PyTorch", "cuda": "PyTorch"} and ring == [[1, 1, 1], [0, 0, 0]]
+    assert len(reasons) == 2 and all("FASTERCACHE_FORCE_REFERENCE" in reason for reason in reasons)
+
+
+def test_it_works_without_triton():
+    chosen, reasons, ring = in_new_process(REPORT.format(before="sys.modules['triton'] = None"), FASTERCACHE_FORCE_REFERENCE="0")
+    assert chosen["cuda"] == "PyTorch" and ring == [[1, 1, 1], [0, 0, 0]]
+    assert any("Triton cannot be imported" in reason for reason in reasons)
+
+
+def test_a_library_that_does_not_load_is_reported(tmp_path):
+    """A copy of the package with a damaged library imports, says so with both versions, and works."""
+    package = tmp_path / "fastercache"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "ops.py").write_text(Path(ops.__file__).read_text())
+    (package / "_ops.so").write_bytes(b"fastercache built with torch 2.11.0\0")
+    (package / "triton_kernels").symlink_to(os.path.dirname(ops._triton.__file__))
+    before = f"sys.path.insert(0, {str(tmp_path)!r})"
+    chosen, reasons, ring = in_new_process(REPORT.format(before=before), FASTERCACHE_FORCE_REFERENCE="0")
+    assert chosen["cpu"] == "PyTorch" and ring == [[1, 1, 1], [0, 0, 0]]
+    assert f"built with torch 2.11.0 and does not load with the installed torch {torch.__version__}" in reasons[0]
+
+
+def test_implementations_name_every_op():
+    assert set(ops.implementations()) == set(OPS)
+    for chosen in ops.implementations().values():
+        assert chosen["cpu"] in ("C++", "PyTorch") and chosen["cuda"] in ("Triton", "PyTorch")

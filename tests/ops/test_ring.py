@@ -1,0 +1,147 @@
+"""Push, blend and blend-add, each implementation against float64."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from .helpers import (
+    IMPLEMENTATIONS,
+    assert_close,
+    dtypes,
+    few,
+    generator,
+    layouts,
+    make_row,
+    nan,
+    nan_ring,
+    randn,
+    seeds,
+    shapes,
+)
+
+each_implementation = pytest.mark.parametrize("ops", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS.keys())
+SLOTS = 5
+COEFFICIENTS = (1.75, -0.75, 0.3, -0.1)
+
+
+def filled_ring(taps, shape, dtype, narrow, rng):
+    """A ring whose taps lie in random slots, all else NaN; returns it with the slots."""
+    ring = nan_ring(SLOTS, shape, dtype, narrow)
+    slots = torch.randperm(SLOTS, generator=rng)[:taps].tolist()
+    for slot in slots:
+        ring[slot] = randn(shape, dtype, rng)
+    return ring, slots
+
+
+def exact_blend(ring, slots):
+    """The blend in float64, and the sum of the absolute values of its terms."""
+    coefficients = make_row(COEFFICIENTS[: len(slots)])[: len(slots)].double()  # as float32 holds them
+    terms = [c * ring[slot].double() for c, slot in zip(coefficients, slots, strict=True)]
+    zero = torch.zeros(ring.shape[1:], dtype=torch.float64)
+    return sum(terms, zero), sum((term.abs() for term in terms), zero)
+
+
+@each_implementation
+@few
+@given(shape=shapes, dtype=dtypes, layout=layouts, narrow=st.booleans(), slot=st.integers(0, SLOTS - 1), seed=seeds)
+def test_push_writes_its_slot_and_nothing_else(ops, shape, dtype, layout, narrow, slot, seed):
+    ring = nan_ring(SLOTS, shape, dtype, narrow)
+    whole = ring._base if narrow else ring
+    x = randn(shape, dtype, generator(seed), layout)
+    ops.ring_push(ring, x, make_row(push=slot))
+    assert torch.equal(ring[slot], x)
+    assert (~whole.isnan()).sum() == x.numel()
+
+
+@each_implementation
+@few
+@given(shape=shapes, dtype=dtypes, narrow=st.booleans(), taps=st.integers(0, 4), seed=seeds)
+def test_blend(ops, shape, dtype, narrow, taps, seed):
+    ring, slots = filled_ring(taps, shape, dtype, narrow, generator(seed))
+    out = ops.ring_blend(ring, make_row(COEFFICIENTS[:taps], slots))
+    assert out.dtype == dtype and list(out.shape) == shape and out.is_contiguous()
+    assert_close(out, *exact_blend(ring, slots))
+
+
+@each_implementation
+@few
+@given(
+    shape=shapes,
+    dtype=dtypes,
+    narrow=st.booleans(),
+    taps=st.integers(0, 4),
+    kept=st.lists(st.booleans(), min_size=4, max_size=4),
+    float32_gate=st.booleans(),
+    gate_layout=layouts,
+    split=st.booleans(),
+    seed=seeds,
+)
+def test_blend_add(ops, shape, dtype, narrow, taps, kept, float32_gate, gate_layout, split, seed):
+    rng = generator(seed)
+    ring, slots = filled_ring(taps, shape, dtype, narrow, rng)
+    gate_shape = [size if keep else 1 for size, keep in zip(shape, kept, strict=False)]
+    gate = randn(gate_shape, torch.float32 if float32_gate else dtype, rng, gate_layout)
+    if not any(kept):
+        gate = gate.flatten()[:1]  # a scalar gate, with fewer dimensions
+    x = randn(shape, dtype, rng)
+    if split:  # every second row of a larger tensor: x need not be contiguous
+        base = nan([2 * shape[0], *shape[1:]], dtype)
+        base[::2] = x
+        x = base[::2]
+        if len(shape) == 1:
+            x = x.contiguous()
+    blend, magnitude = exact_blend(ring, slots)
+    exact = x.double() + gate.double() * blend
+    magnitude = x.double().abs() + gate.double().abs() * magnitude
+    ops.ring_blend_add(x, gate, ring, make_row(COEFFICIENTS[:taps], slots))
+    assert_close(x, exact, magnitude)
+    if split and len(shape) > 1:
+        assert base[1::2].isnan().all()
+
+
+@each_implementation
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")  # the interpreter's numpy
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_16_bit_value_survives_a_plain_reuse(ops, dtype):
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    out = ops.ring_blend(values[None], make_row([1.0], [0]))
+    normal = values.abs() >= torch.finfo(dtype).smallest_normal  # Triton's interpreter flushes bfloat16 subnormals
+    assert torch.equal(out.isnan(), values.isnan())
+    assert torch.equal(out[normal], values[normal])
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")  # the interpreter's numpy
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_is_that_of_pytorch(dtype):
+    """To nearest with ties to even, into subnormals and to infinity."""
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    row = make_row([1.0 / 3.0], [0])
+    for scale in (1.0 / 3.0, 1.0 + 2.0**-9, 3.7):
+        row[0] = scale
+        expected = (values.float() * row[0]).to(dtype)
+        for name, ops in IMPLEMENTATIONS.items():
+            if name != "triton" or dtype == torch.float16:  # the interpreter flushes bfloat16 subnormals
+                out = ops.ring_blend(values[None], row)
+                assert torch.equal(out.isnan(), expected.isnan()) and torch.equal(out.nan_to_num(), expected.nan_to_num()), (name, scale)
+
+
+@each_implementation
+@pytest.mark.parametrize("shape", [(0,), (2, 0, 3)])
+def test_empty(ops, shape):
+    ring = torch.zeros(2, *shape)
+    ops.ring_push(ring, torch.zeros(shape), make_row())
+    ops.ring_blend_add(torch.zeros(shape), torch.ones(1), ring, make_row([1.0], [0]))
+    assert ops.ring_blend(ring, make_row([1.0], [0])).shape == shape
+
+
+@each_implementation
+@pytest.mark.parametrize("elements", [1023, 1024, 70001])
+def test_more_than_one_block_and_thread(ops, elements):
+    """1024 elements are a Triton program's, 32768 a CPU thread's."""
+    rng = generator(elements)
+    ring, slots = filled_ring(2, [elements], torch.bfloat16, False, rng)
+    assert_close(ops.ring_blend(ring, make_row(COEFFICIENTS[:2], slots)), *exact_blend(ring, slots))
+    x = randn([elements], torch.bfloat16, rng, "sliced")
+    ops.ring_push(ring, x, make_row(push=3))
+    assert torch.equal(ring[3], x)
