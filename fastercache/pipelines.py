@@ -9,7 +9,7 @@ from torch import nn
 
 from fastercache.engine import Engine, RunSpec
 from fastercache.errors import CompileError, UnsupportedModelError
-from fastercache.families import FAMILIES, class_names, family_of
+from fastercache.families import FAMILIES, class_names
 
 
 def is_pipeline(target: Any) -> bool:
@@ -63,5 +63,7 @@ def _spec_of(pipeline: Any, engine: Engine) -> RunSpec:
     steps = getattr(pipeline, "num_timesteps", None)
     if steps is None:
         steps = len(pipeline.scheduler.timesteps) - (getattr(pipeline.scheduler, "begin_index", None) or 0)
-    order = family_of(engine.model).order if pipeline.do_classifier_free_guidance else "none"
-    return RunSpec(steps, order)
+    guided = getattr(pipeline, "do_classifier_free_guidance", None)  # CogVideoX has the scale alone
+    if guided is None:
+        guided = pipeline.guidance_scale > 1
+    return RunSpec(steps, engine.family.order if guided else "none")

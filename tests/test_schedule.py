@@ -86,7 +86,7 @@ class TestPaper:
 
     def test_chart_of_30_steps(self):
         assert policies.paper(30).chart().splitlines() == [
-            "cond   ###########~#~###~#~#~###~#~#~",
+            "cond   ###########~#~###~#~#~#~###~#~",
             "uncond ###########....#....#....#....",
         ]
 
@@ -108,7 +108,7 @@ class TestPaper:
 
     def test_intervals(self):
         assert policies.paper(14, cfg_interval=3, reuse_interval=4).chart().splitlines() == [
-            "cond   #####~~###~##~",
+            "cond   #####~~##~#~##",
             "uncond #####..#..#..#",
         ]
         for wrong in ({"cfg_interval": 0}, {"reuse_interval": -1}, {"start": 0}):

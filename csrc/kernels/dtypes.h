@@ -32,14 +32,17 @@ FASTERCACHE_INLINE double load(double value) { return value; }
 FASTERCACHE_INLINE float load(float value) { return value; }
 FASTERCACHE_INLINE float load(bfloat16 value) { return bits_float(uint32_t(value.bits) << 16); }
 
-// The float16 conversions have no branch (both cases are computed, one is selected), so that loops over them vectorise.
+// float16 has 5 bits of exponent with bias 15 and 10 of mantissa, float 8 with bias 127 and 23: exponents differ by 112, mantissas by 13
+// bits. All cases are computed and one is selected, without a branch, so that loops over the conversions vectorise.
+constexpr uint32_t EXPONENT_SHIFT = 112u << 23;
+
 FASTERCACHE_INLINE float load(float16 value) {
-  const uint32_t word = uint32_t(value.bits) << 16;
-  const uint32_t sign = word & 0x80000000u;
-  const uint32_t shifted = word + word;  // exponent and mantissa, at the top of the word
-  const float normal = bits_float((shifted >> 4) + (0xE0u << 23)) * 0x1.0p-112f;
-  const float subnormal = bits_float((shifted >> 17) | (126u << 23)) - 0.5f;
-  return bits_float(sign | (shifted < (1u << 27) ? float_bits(subnormal) : float_bits(normal)));
+  const uint32_t magnitude = value.bits & 0x7FFFu;
+  const uint32_t normal = (magnitude << 13) + EXPONENT_SHIFT;
+  const uint32_t infinite = normal + EXPONENT_SHIFT;  // exponent 31 becomes 255: infinity or NaN
+  const uint32_t subnormal = float_bits(float(int32_t(magnitude)) * 0x1p-24f);
+  const uint32_t bits = magnitude < 0x0400u ? subnormal : magnitude < 0x7C00u ? normal : infinite;
+  return bits_float(bits | uint32_t(value.bits & 0x8000u) << 16);
 }
 
 FASTERCACHE_INLINE void store(double* out, double value) { *out = value; }
@@ -53,15 +56,13 @@ FASTERCACHE_INLINE void store(bfloat16* out, float value) {
 
 FASTERCACHE_INLINE void store(float16* out, float value) {
   const uint32_t bits = float_bits(value);
-  const uint32_t sign = bits & 0x80000000u;
   const uint32_t magnitude = bits & 0x7FFFFFFFu;
-  // Multiplying up and down turns what overflows float16 into infinity; adding a power of two then rounds the mantissa.
-  const float saturated = (bits_float(magnitude) * 0x1.0p+112f) * 0x1.0p-110f;
-  const uint32_t exponent = (magnitude + magnitude) & 0xFF000000u;
-  const uint32_t bias = exponent < 0x71000000u ? 0x71000000u : exponent;
-  const uint32_t sum = float_bits(bits_float((bias >> 1) + 0x07800000u) + saturated);
-  const uint32_t half = ((sum >> 13) & 0x7C00u) + (sum & 0x0FFFu);
-  out->bits = uint16_t((sign >> 16) | (magnitude > 0x7F800000u ? 0x7E00u : half));
+  // To nearest, ties to even: add just under half of the last place kept, and one more where that place is odd.
+  const uint32_t rounded = (magnitude - EXPONENT_SHIFT + 0x0FFFu + ((magnitude >> 13) & 1u)) >> 13;
+  const uint32_t normal = magnitude >= 0x47800000u ? 0x7C00u : rounded;  // 65536 and beyond is infinity
+  const uint32_t subnormal = float_bits(bits_float(magnitude) + 0.5f) - float_bits(0.5f);  // a float near 0.5 steps by 2^-24, as they do
+  const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;  // below 2^-14
+  out->bits = uint16_t((bits >> 16 & 0x8000u) | (magnitude > 0x7F800000u ? 0x7E00u : finite));
 }
 
 }  // namespace fastercache

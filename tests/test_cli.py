@@ -1,0 +1,147 @@
+"""The command line, as a user types it."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import imageio.v3 as iio
+import pytest
+from typer.testing import CliRunner, Result
+
+from fastercache import Schedule, demo, policies
+from fastercache.cli import app
+
+PROMPT = "a red circle moving left"
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def error_of(*words: object) -> str:
+    """The one line that a mistake gets."""
+    result = run(*words)
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.splitlines()
+    return line
+
+
+# ---- inspect --------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", policies.BY_NAME)
+@pytest.mark.parametrize("guidance", [True, False])
+def test_inspect_policy(policy, guidance):
+    steps = 60
+    result = run("inspect", policy, "--steps", steps, "--guidance" if guidance else "--no-guidance")
+    assert result.exit_code == 0, result.output
+    schedule = policies.get(policy)(steps, guidance)
+    rows = [line.split()[1] for line in result.stdout.splitlines() if line.startswith(("cond ", "uncond "))]
+    halves = [rows[i] + rows[i + len(rows) // 2] for i in range(len(rows) // 2)]
+    drawn = [row.translate(str.maketrans("█▒·", "#~.")) for row in halves]
+    assert drawn == [line.split()[1] for line in schedule.chart().splitlines()][: 1 + guidance]
+
+
+def test_inspect_says_what_is_saved():
+    schedule = policies.paper(50)
+    single = sum(step.branches == "cond" for step in schedule.steps)
+    blended = sum(bool(step.reuse) for step in schedule.steps)
+    output = run("inspect", "paper").stdout
+    assert f"of branch-steps ({single} of 100)" in output
+    assert f"of attention computations ({single + blended} of 100)" in output
+    assert "w1 = 1.2" in output and "w2 = 1.2" in output
+
+
+def test_inspect_file(tmp_path):
+    file = tmp_path / "mine.json"
+    policies.plain(12).to_json(file)
+    assert "plain, 12 steps" in run("inspect", file).stdout
+    assert "has 12 steps, not 50" in error_of("inspect", file, "--steps", 50)
+
+
+@pytest.mark.parametrize("policy", policies.BY_NAME)
+def test_inspect_json(policy):
+    document = json.loads(run("inspect", policy, "--steps", 20, "--json").stdout)
+    assert Schedule.from_json(json.dumps(document["schedule"])) == policies.get(policy)(20, True)
+    assert sorted(step for phase in document["phases"] for step in phase["steps"]) == list(range(1, 21))
+
+
+def test_inspect_mistakes(tmp_path):
+    assert "unknown policy 'papers'" in error_of("inspect", "papers")
+    assert "cannot be read" in error_of("inspect", tmp_path / "missing.json")
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    assert "is not JSON" in error_of("inspect", broken)
+
+
+# ---- info -----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_info():
+    result = run("info")
+    assert result.exit_code == 0
+    for word in ("fastercache", "torch", "triton", "diffusers", "cpu", "ring_blend", "cfg_split"):
+        assert word in result.stdout
+
+
+# ---- demo -----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_demo(tmp_path):
+    result = run("demo", "--steps", 4, "--prompt", PROMPT, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert found["uncached"]["seconds"] > 0 and found["cached"]["seconds"] > 0
+    assert found["speedup"] == pytest.approx(found["uncached"]["seconds"] / found["cached"]["seconds"], rel=0.01)
+    assert found["flops_ratio"] > 1 and found["psnr_db"] > 10 and 0 < found["ssim"] <= 1 and not found["identical"]
+    assert set(found["prompt_score"]) == {"uncached", "cached"}
+    assert (found["prompts"], found["steps"], found["schedule"], found["seed"]) == ([PROMPT], 4, "paper", 0)
+    assert {"machine", "versions"} < set(found)
+    assert len(iio.imread(tmp_path / "comparison.mp4", plugin="pyav")) == 8 * demo.LOOPS
+    assert len(iio.imread(tmp_path / "comparison.gif")) == 8
+    assert "schedule 'paper', 4 steps" in (tmp_path / "summary.txt").read_text()
+    assert "schedule 'paper', 4 steps" in result.stdout and "fewer" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("prompt", "word"), [("a purple circle moving left", "purple"), ("a red circle", "direction"), ("a red red circle moving up", "colour")]
+)
+def test_demo_prompt_of_another_world(tmp_path, prompt, word):
+    assert word in error_of("demo", "--prompt", prompt, "--out", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_missing_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    line = error_of("demo", "--prompt", PROMPT, "--out", tmp_path)
+    assert line == 'diffusers is not installed: pip install "fastercache[demo]"'
+
+
+# ---- sample ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_sample(tmp_path):
+    out = tmp_path / "new" / "clip.mp4"
+    result = run("sample", "shapes", "--prompt", PROMPT, "--steps", 2, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "8 frames of 64 x 64" in result.stdout and "2 steps" in result.stdout
+    assert iio.imread(out, plugin="pyav").shape == (8, 64, 64, 3)
+
+
+def test_sample_compares_with_a_schedule_that_skips_nothing(tmp_path):
+    schedule, out = tmp_path / "two.json", tmp_path / "pair.mp4"
+    policies.none(2).to_json(schedule)
+    result = run("sample", "shapes", "--prompt", PROMPT, "--schedule", schedule, "--compare", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "identical" in result.stdout
+    assert len(iio.imread(out, plugin="pyav")) == 8 * demo.LOOPS
+
+
+def test_sample_mistakes(tmp_path):
+    line = error_of("sample", tmp_path, "--prompt", PROMPT)
+    assert str(tmp_path) in line and "save_pretrained" in line
+    (tmp_path / "model_index.json").write_text("{}")
+    line = error_of("sample", tmp_path, "--prompt", PROMPT, "--out", tmp_path / "x.mp4")
+    assert str(tmp_path) in line and "save_pretrained" in line
+    assert "unknown policy" in error_of("sample", "shapes", "--prompt", PROMPT, "--schedule", "fast")

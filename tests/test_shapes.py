@@ -1,0 +1,86 @@
+"""The world, its detector, and that training resumes where it stopped."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fastercache.shapes.detector import score, sight
+from fastercache.shapes.train import LatentSpace, Stage
+from fastercache.shapes.world import COLOURS, DIRECTIONS, FRAMES, SCENES, SHAPES, SIZE, Scene, sample_clips
+
+
+@pytest.fixture(scope="module")
+def clips():
+    video = sample_clips(list(SCENES), torch.Generator().manual_seed(7))
+    assert video.shape == (48, 3, FRAMES, SIZE, SIZE) and video.abs().max() <= 1
+    return ((video + 1) / 2).permute(0, 2, 3, 4, 1).numpy()
+
+
+def test_every_rendered_clip_is_all_right(clips):
+    for scene, clip in zip(SCENES, clips, strict=True):
+        assert score(clip, scene.prompt).all_right, scene
+
+
+def test_each_wrong_word_is_noticed_alone(clips):
+    for scene, clip in zip(SCENES, clips, strict=True):
+        for colour in set(COLOURS) - {scene.colour}:
+            wrong = score(clip, Scene(colour, scene.shape, scene.direction).prompt)
+            assert (wrong.colour, wrong.shape, wrong.motion) == (False, True, True)
+        for shape in set(SHAPES) - {scene.shape}:
+            wrong = score(clip, Scene(scene.colour, shape, scene.direction).prompt)
+            assert (wrong.colour, wrong.shape, wrong.motion) == (True, False, True)
+        for direction in set(DIRECTIONS) - {scene.direction}:
+            wrong = score(clip, Scene(scene.colour, scene.shape, direction).prompt)
+            assert (wrong.colour, wrong.shape, wrong.motion) == (True, True, False)
+
+
+def test_what_is_not_a_moving_object_scores_nothing(clips):
+    generator = np.random.default_rng(0)
+    blank, noise = np.full_like(clips[0], 0.5), generator.random(clips[0].shape, dtype=np.float32)
+    still = np.repeat(clips[0][:1], FRAMES, axis=0)
+    shuffled = clips[0][generator.permutation(FRAMES)]
+    vanishing = clips[0].copy()
+    vanishing[4] = vanishing[4, 0, 0]
+    assert sight(blank[0]) is None and sight(noise[0]) is None
+    for broken in (blank, noise, still, shuffled, vanishing, clips[0][::-1]):
+        assert not score(broken, SCENES[0].prompt).all_right
+
+
+def test_two_objects_are_none(clips):
+    left, right = clips[SCENES.index(Scene("red", "circle", "up"))][0], clips[SCENES.index(Scene("red", "circle", "down"))][0]
+    far = np.where(np.abs(right - right[0, 0]).sum(-1, keepdims=True) > 0.1, right, left)
+    assert sight(left) is not None and sight(far) is None
+
+
+@pytest.mark.parametrize("prompt", ["a red circle", "a pink circle moving left", "a red circle square moving left"])
+def test_a_prompt_of_another_world_is_an_error(prompt):
+    with pytest.raises(ValueError, match="not one; known"):
+        Scene.parse(prompt)
+
+
+def test_latents_are_white():
+    space = LatentSpace(seed=0)
+    frames = sample_clips(list(SCENES) * 2, torch.Generator().manual_seed(3)).transpose(1, 2).flatten(0, 1)
+    latents = space.encode(frames).transpose(0, 1).flatten(1)
+    assert latents.mean(1).abs().max() < 0.2 and (latents.cov() - torch.eye(3)).abs().max() < 0.3
+
+
+def test_training_resumes_as_if_never_stopped(tmp_path):
+    def train(run, stop_at=None):
+        run.mkdir(exist_ok=True)
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+
+        def loss(generator, step):
+            if step == stop_at:
+                raise KeyboardInterrupt
+            return model(torch.randn(8, 3, generator=generator)).square().mean()
+
+        return Stage("stage", 9, 1e-2, run, seed=5, checkpoint_every=2).train(model, loss)
+
+    whole = train(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "broken", stop_at=5)
+    resumed = train(tmp_path / "broken")
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
