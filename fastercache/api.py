@@ -11,7 +11,7 @@ from torch import nn
 
 from fastercache import pipelines, policies
 from fastercache.engine import Engine, RunSpec
-from fastercache.errors import CompileError, RunError, ScheduleError, UnsupportedModelError
+from fastercache.errors import CompileError, RunError, UnsupportedModelError
 from fastercache.families import BranchOrder, family_of
 from fastercache.policies import Policy
 from fastercache.report import Summary
@@ -38,32 +38,20 @@ def compile(
 
     Errors leave the target as it was: `UnsupportedModelError`, `ScheduleError`, `CompileError` (compiled already, by this or by torch).
     """
-    plan = _schedule(schedule)
+    rule = policies.resolve(schedule)
     if pipelines.is_pipeline(target):
         if steps is not None or cfg is not None:
             raise CompileError("a pipeline tells its own step count and guidance; leave out steps= and cfg=")
         component, model = pipelines.denoiser_of(target)
-        pipelines.attach(target, component, _install(model, plan, None))
+        pipelines.attach(target, component, _install(model, rule, None))
         return target
     if not isinstance(target, nn.Module):
         raise UnsupportedModelError(f"cannot compile a {type(target).__name__}; pass a diffusers pipeline or a denoiser (nn.Module)")
     if (steps is None) != (cfg is None):
         raise CompileError(f"steps={steps!r} with cfg={cfg!r}: give both, or neither and enter fastercache.run(model, steps=..., cfg=...)")
     default = None if steps is None or cfg is None else _spec(steps, cfg)
-    _install(target, plan, default)
+    _install(target, rule, default)
     return target
-
-
-def _schedule(schedule: Schedule | Policy | str | Path | None) -> Schedule | Policy:
-    if schedule is None:
-        return policies.paper
-    if isinstance(schedule, str) and not schedule.endswith(".json"):
-        return policies.get(schedule)
-    if isinstance(schedule, str | Path):
-        return Schedule.from_json(Path(schedule))
-    if isinstance(schedule, Schedule) or callable(schedule):
-        return schedule
-    raise ScheduleError(f"schedule is a {type(schedule).__name__}; pass a policy or its name, a Schedule, or the path of a JSON file")
 
 
 def _spec(steps: int, cfg: BranchOrder) -> RunSpec:

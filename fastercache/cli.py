@@ -20,7 +20,7 @@ from rich.text import Text
 
 import fastercache
 from fastercache import demo as demonstration
-from fastercache import ops, policies, shapes
+from fastercache import environment, ops, policies, shapes
 from fastercache.errors import FasterCacheError
 from fastercache.plan import Plan, make_plan
 from fastercache.policies import Policy
@@ -81,10 +81,6 @@ def _one_line_errors() -> Iterator[None]:
         _fail(str(error))
 
 
-def _read_schedule(text: str) -> Schedule | Policy:
-    return Schedule.from_json(Path(text)) if text.endswith(".json") else policies.get(text)
-
-
 def _steps(schedule: Schedule | Policy, asked: int | None, default: int = 50) -> int:
     """As asked; else the length of a fixed schedule, or the default."""
     return asked or (len(schedule) if isinstance(schedule, Schedule) else default)
@@ -101,7 +97,7 @@ def demo(
     dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
 ) -> None:
     """The embedded text-to-video model on your CPU: uncached beside accelerated, timed and measured."""
-    plan = _read_schedule(schedule)
+    plan = policies.resolve(schedule)
     demonstration.run_demo(out, prompt or demonstration.PROMPTS, plan, _steps(plan, steps), seed, dtype.on("cpu"), console)
 
 
@@ -126,7 +122,7 @@ def sample(
     """Sample any diffusers text-to-video pipeline of a known family, accelerated."""
     from fastercache import media, metrics
 
-    plan = _read_schedule(schedule)
+    plan = policies.resolve(schedule)
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device is Device.auto else device.value
     if place == "cuda" and not torch.cuda.is_available():
         _fail("--device cuda: torch sees no GPU; leave the option out to run on the CPU")
@@ -197,7 +193,7 @@ def inspect_schedule(
     as_json: Annotated[bool, typer.Option("--json", help="The schedule, its phases and savings as JSON.")] = False,
 ) -> None:
     """Draw a schedule: what each step computes, blends and leaves out."""
-    source = _read_schedule(schedule)
+    source = policies.resolve(schedule)
     if isinstance(source, Schedule) and steps not in (None, len(source)):
         _fail(f"{schedule} has {len(source)} steps, not {steps}; leave out --steps, or name a policy")
     plan = make_plan(source if isinstance(source, Schedule) else source(_steps(source, steps), guidance), guidance)
@@ -301,11 +297,11 @@ def _where(numbers: Sequence[int]) -> str:
 @app.command()
 def info() -> None:
     """Versions, device, and which code serves each op."""
-    for name, version in demonstration.versions().items():
+    for name, version in environment.versions().items():
         console.print(f"{name:<14}{version or 'not installed'}")
-    machine = demonstration.machine()
+    machine = environment.machine()
     console.print(f"{'cpu':<14}{machine['cpu']}, {machine['cores']} cores, of which torch uses {machine['torch_threads']}", soft_wrap=True)
-    console.print(f"{'gpu':<14}{machine.get('gpu', 'none')}")
+    console.print(f"{'gpu':<14}{machine['gpu'] or 'none'}")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("op", "on the CPU", "on a GPU"):
         table.add_column(heading)

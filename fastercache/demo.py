@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -20,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 import fastercache
-from fastercache import shapes
+from fastercache import environment, shapes
 from fastercache.policies import Policy, paper
 from fastercache.schedule import Schedule
 from fastercache.shapes.world import COLOURS, DIRECTIONS, SCENES, SHAPES, Scene
@@ -50,34 +47,6 @@ def check_prompt(prompt: str) -> None:
         Scene.parse(prompt)
     except ValueError as error:
         raise PromptError(str(error)) from error
-
-
-def machine() -> dict[str, Any]:
-    """The processor's name, its cores, and the threads torch uses; the GPU's name where there is one."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    found = {
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-    }
-    return found | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that matter; `None` for those that are not installed."""
-
-    def version(package: str) -> str | None:
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            return None
-
-    optional = ("triton", "diffusers", "transformers")
-    return {"fastercache": fastercache.__version__, "python": platform.python_version(), "torch": torch.__version__} | {
-        package: version(package) for package in optional
-    }
 
 
 def generate(pipe: Any, prompt: str, *, steps: int, seed: int, on_step: Callable[[], Any], **arguments: Any) -> tuple[np.ndarray, float]:
@@ -178,7 +147,7 @@ def run_demo(
             for run, clips in (("uncached", uncached), ("cached", cached))
         },
         "prompts": list(prompts), "steps": steps, "schedule": summary.schedule, "seed": seed, "dtype": str(dtype).removeprefix("torch."),
-        "machine": machine(), "versions": versions(),
+        "machine": environment.machine(), "versions": environment.versions(),
     }  # fmt: skip
 
     table = _table(result, summary.flops)

@@ -7,6 +7,7 @@ Each is a plain function whose keyword parameters are the method's; fix some wit
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeAlias
 
 from fastercache.errors import ScheduleError
@@ -99,3 +100,16 @@ def get(name: str) -> Policy:
     if name not in BY_NAME:
         raise ScheduleError(f"unknown policy {name!r}; known are {', '.join(BY_NAME)} (or give a schedule's JSON file)")
     return BY_NAME[name]
+
+
+def resolve(schedule: Schedule | Policy | str | Path | None) -> Schedule | Policy:
+    """What a user may name a schedule by: `None` (the paper's policy), a policy or its name, a `Schedule`, or the path of a JSON file."""
+    if schedule is None:
+        return paper
+    if isinstance(schedule, Path) or (isinstance(schedule, str) and schedule.endswith(".json")):
+        return Schedule.from_json(Path(schedule))
+    if isinstance(schedule, str):
+        return get(schedule)
+    if isinstance(schedule, Schedule) or callable(schedule):
+        return schedule
+    raise ScheduleError(f"schedule is a {type(schedule).__name__}; pass a policy or its name, a Schedule, or the path of a JSON file")

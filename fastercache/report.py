@@ -65,8 +65,8 @@ class Summary:
         done = f"{self.steps_done} of {self.steps} steps" if self.steps_done != self.steps else f"{self.steps} steps"
         lines = [f"{self.model} ({self.family}): schedule {self.schedule!r}, {done}, guidance {self.guidance}", self.chart]
         if self.sites:
-            lines.append(f"{'branch':<8}{'sites':<10}{'computed':>9}{'blended':>9}{'not run':>9}   (steps)")
-            lines += [f"{row.branch:<8}{row.kind:<10}{row.computed:>9}{row.blended:>9}{row.skipped:>9}" for row in self.sites]
+            lines.append(f"{'branch':<8}{'sites':<14}{'computed':>9}{'blended':>9}{'not run':>9}   (steps)")
+            lines += [f"{row.branch:<8}{row.kind:<14}{row.computed:>9}{row.blended:>9}{row.skipped:>9}" for row in self.sites]
         lines.append(f"cache: {self.cache_bytes / 1e6:.1f} MB (planned {self.cache_bytes_planned / 1e6:.1f} MB)")
         if self.implementations:
             lines.append("ops: " + ", ".join(f"{op} in {how}" for op, how in self.implementations.items()))
@@ -75,16 +75,16 @@ class Summary:
 
 
 def count_sites(plan: Plan, sites: Sequence[Site], done: Sequence[PlannedStep]) -> tuple[SiteSteps, ...]:
-    """Tally the executed steps by branch and kind of site."""
-    groups = {site.kind: group_of(plan.groups, site.kind, site.layer) for site in reversed(sites)}
+    """Tally the executed steps by branch and kind of site; a kind reused in some layers only has a row for those, as in `mlp[14:43]`."""
+    groups: dict[str, int | None] = {}
     for site in sites:
-        found = group_of(plan.groups, site.kind, site.layer)
-        groups[site.kind] = groups[site.kind] if found is None else found
+        group = group_of(plan.groups, site.kind, site.layer)
+        layers = "" if group is None else "".join(plan.groups[group].selector.partition("[")[1:])
+        groups[site.kind + layers] = group
     rows = []
     for branch in plan.branches:
         ran = [step for step in done if branch in step.branches]
-        for kind in dict.fromkeys(site.kind for site in sites):
-            group = groups[kind]
+        for name, group in groups.items():
             blended = 0 if group is None else sum(step.groups[group].blend for step in ran)
-            rows.append(SiteSteps(branch, kind, len(ran) - blended, blended, len(done) - len(ran)))
+            rows.append(SiteSteps(branch, name, len(ran) - blended, blended, len(done) - len(ran)))
     return tuple(rows)

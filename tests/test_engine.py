@@ -163,6 +163,19 @@ def test_summary_counts_steps_by_branch_and_site():
     assert "spatial" in str(summary) and summary.flops.ratio > 1.2
 
 
+def test_summary_tells_the_layers_that_are_reused_from_the_others():
+    model = latte()
+    fastercache.compile(model, Schedule((Step(), Step("both", ("mlp[1:3]",), (1.0,)))), steps=2, cfg="none")
+    for _ in range(2):
+        model(**arguments(model, 2))
+    assert [(row.kind, row.blended) for row in fastercache.summary(model).sites] == [
+        ("spatial", 0),
+        ("mlp", 0),
+        ("temporal", 0),
+        ("mlp[1:3]", 1),
+    ]
+
+
 # ---- one run at a time, and nothing left of the last --------------------------------------------------------------------------------
 
 

@@ -1,0 +1,145 @@
+"""Does caching keep what the prompt says? Prompt scores of the "shapes" pipeline: `python -m bench.shapes_quality`.
+
+Uncached with guidance, uncached without, and cached with the paper's schedule, over the same held-out pairs; and PSNR and SSIM of the
+cached clips against the uncached ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from bench import report, shapes, stats
+from fastercache import policies
+from fastercache.shapes.detector import score
+
+PARTS = ("all_right", "colour", "shape", "motion")
+UNCACHED_BAR, GUIDANCE_BAR, CACHED_BAR = 0.90, -0.10, -0.02
+
+
+def scores(clips: shapes.Clips, pairs: Sequence[shapes.Pair]) -> dict[str, np.ndarray]:
+    """Each part of the prompt score over the clips: bool `[n]`."""
+    found = [score(clip.astype(np.float32), pair.prompt) for clip, pair in zip(clips.frames, pairs, strict=True)]
+    return {part: np.asarray([getattr(one, part) for one in found]) for part in PARTS}
+
+
+def compare(first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
+    """The paired difference of two scores (share of the pairs, -1 to 1)."""
+    difference, interval, p_value = stats.paired_proportions(first, second)
+    return {"difference": difference, "interval": interval, "mcnemar_p": p_value}
+
+
+def bars(right: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    """The three bars, each with what was measured. right: the all-right score of every variant, bool `[n]`."""
+    uncached = right["uncached"]
+    rows = [
+        (
+            "uncached prompt score at least 90 %",
+            float(uncached.mean()),
+            stats.wilson(int(uncached.sum()), len(uncached)),
+            UNCACHED_BAR,
+            True,
+        )
+    ]
+    for text, name, bar, at_least in (
+        ("unguided at least 10 points under uncached", "unguided", GUIDANCE_BAR, False),
+        ("cached at most 2 points under uncached", "cached", CACHED_BAR, True),
+    ):
+        found = compare(right[name], uncached)
+        rows.append((text, found["difference"], found["interval"], bar, at_least))
+    return [
+        {"bar": text, "measured": value, "interval": interval, "verdict": stats.bar_verdict(value, interval, bar, at_least)}
+        for text, value, interval, bar, at_least in rows
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = shapes.parser(__doc__, 200, "shapes_quality.json").parse_args(arguments)
+    variants = [shapes.UNCACHED, shapes.UNGUIDED, shapes.cached("cached", policies.paper, args.steps)]
+    pairs = shapes.held_out(args.pairs)
+    n, clips = shapes.collect(variants, pairs, args.steps, work=args.work, processes=args.processes, minutes=args.minutes)
+
+    found = {name: scores(one, pairs[:n]) for name, one in clips.items()}
+    rows = []
+    for name, one in found.items():
+        parts = {
+            part: {"right": int(x.sum()), "share": float(x.mean()), "interval": stats.wilson(int(x.sum()), n)} for part, x in one.items()
+        }
+        rows.append({"variant": name, "pairs": n, "seconds_median": float(np.median(clips[name].seconds)), **parts, **clips[name].facts})
+    against = {name: {part: compare(found[name][part], found["uncached"][part]) for part in PARTS} for name in ("unguided", "cached")}
+    psnr, ssim = shapes.similarity(clips["cached"], clips["uncached"])
+    likeness = {}
+    for metric, values in (("psnr_db", psnr), ("ssim", ssim)):
+        mean, interval = stats.mean_interval(values)
+        likeness[metric] = {"mean": mean, "interval": interval, "min": float(values.min()), "median": float(np.median(values))}
+    verdicts = bars({name: one["all_right"] for name, one in found.items()})
+    per_pair = [
+        asdict(pair) | {name: [part for part in PARTS if found[name][part][i]] for name in found}
+        | {"cached_psnr_db": float(psnr[i]), "cached_ssim": float(ssim[i])}
+        for i, pair in enumerate(pairs[:n])
+    ]  # fmt: skip
+
+    body = [
+        shapes.described(args.steps, args.pairs, n),
+        *score_tables(rows, against),
+        bar_table(verdicts),
+        f"Cached clips (the paper's schedule, FLOPs ratio of the denoiser {clips['cached'].facts['flops_ratio']:.3f}) against the uncached "
+        "clips of the same pairs.",
+        likeness_table(likeness),
+    ]
+    data = {
+        "settings": shapes.settings(args.steps, args.pairs, n),
+        "rows": rows,
+        "against_uncached": against,
+        "cached_likeness": likeness,
+        "bars": verdicts,
+        "per_pair": per_pair,
+    }
+    report.write(args.out, "Shapes: prompt score", "python -m bench.shapes_quality", data, body)
+
+
+def percent(interval: Sequence[float]) -> str:
+    """An interval of shares, in percent or points."""
+    return report.between([100 * end for end in interval], ".1f")
+
+
+def score_tables(rows: Sequence[dict[str, Any]], against: dict[str, dict[str, Any]]) -> list[str]:
+    """The scores in %, and their differences to uncached in points."""
+
+    def share(entry: dict[str, Any]) -> str:
+        return f"{100 * entry['share']:.1f} {percent(entry['interval'])}"
+
+    def points(entry: dict[str, Any]) -> str:
+        return f"{100 * entry['difference']:+.1f} {percent(entry['interval'])}"
+
+    titles = ("all right", *PARTS[1:])
+    return [
+        "Share of clips, in %, that show what the prompt says, with 95 % Wilson intervals; all right is colour, shape and motion together.",
+        report.table(("variant", *titles), [(row["variant"], *(share(row[part]) for part in PARTS)) for row in rows]),
+        "Difference to uncached over the same pairs, in points, with 95 % intervals (Newcombe's method for paired proportions); p is of "
+        "McNemar's exact test of the first.",
+        report.table(
+            ("variant", *titles, "p"),
+            [(name, *(points(parts[part]) for part in PARTS), f"{parts['all_right']['mcnemar_p']:.3g}") for name, parts in against.items()],
+        ),
+    ]
+
+
+def bar_table(verdicts: Sequence[dict[str, Any]]) -> str:
+    rows = [(row["bar"], f"{100 * row['measured']:.1f}", percent(row["interval"]), row["verdict"]) for row in verdicts]
+    return report.table(("bar", "measured (%, points)", "95 % interval", "verdict"), rows)
+
+
+def likeness_table(likeness: dict[str, dict[str, Any]]) -> str:
+    rows = []
+    for label, key, spec in (("PSNR (dB)", "psnr_db", ".2f"), ("SSIM", "ssim", ".4f")):
+        x = likeness[key]
+        rows.append((label, f"{x['mean']:{spec}}", report.between(x["interval"], spec), f"{x['median']:{spec}}", f"{x['min']:{spec}}"))
+    return report.table(("metric", "mean", "95 % interval", "median", "lowest"), rows)
+
+
+if __name__ == "__main__":
+    main()
