@@ -55,7 +55,6 @@ GROUPS: dict[str, tuple[Arm, ...]] = {
         _arm("no weights", "neither", 27.97, low_gain=0.0, high_gain=0.0),
     ),
     "CFG-Cache interval": (
-        _arm("CFG interval 1", "1 (guidance computed on every step)", 28.88, cfg_interval=1),
         _arm("CFG interval 3", "3", 28.56, cfg_interval=3),
         _default("5"),
         _arm("CFG interval 7", "7", 27.68, cfg_interval=7),
@@ -65,7 +64,6 @@ GROUPS: dict[str, tuple[Arm, ...]] = {
         _default("2"),
         _arm("reuse interval 3", "3", 27.95, reuse_interval=3),
         _arm("reuse interval 4", "4", 27.61, reuse_interval=4),
-        _arm("reuse interval 5", "5", 27.39, reuse_interval=5),
     ),
 }
 

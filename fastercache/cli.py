@@ -90,7 +90,7 @@ def _steps(schedule: Schedule | Policy, asked: int | None, default: int = 50) ->
 @_one_line_errors()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for video, picture and numbers.")] = Path("out/demo"),
-    prompt: Annotated[list[str] | None, typer.Option(help="Such as 'a red circle moving left'; repeatable.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Such as 'a red circle moving right'; repeatable.")] = None,
     schedule: ScheduleOption = "paper",
     steps: StepsOption = None,
     seed: SeedOption = 0,

@@ -25,7 +25,7 @@ from fastercache.shapes.world import COLOURS, DIRECTIONS, SCENES, SHAPES, Scene
 if TYPE_CHECKING:
     from fastercache.media import Pair
 
-PROMPTS = ("a red circle moving left", "a green square moving up", "a blue triangle moving right", "a yellow circle moving down")
+PROMPTS = ("a red circle moving right", "a green triangle moving down", "a blue triangle moving right", "a yellow circle moving down")
 WARM_UP_STEPS = 6
 """Enough for every policy to reach each of its phases."""
 LOOPS = 4

@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 from fastercache import Schedule, demo, policies
 from fastercache.cli import app
 
-PROMPT = "a red circle moving left"
+PROMPT = "a red circle moving right"
 
 
 def run(*words: object) -> Result:
@@ -105,7 +105,8 @@ def test_demo(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "word"), [("a purple circle moving left", "purple"), ("a red circle", "direction"), ("a red red circle moving up", "colour")]
+    ("prompt", "word"),
+    [("a purple circle moving right", "purple"), ("a red circle", "direction"), ("a red red circle moving up", "up")],
 )
 def test_demo_prompt_of_another_world(tmp_path, prompt, word):
     assert word in error_of("demo", "--prompt", prompt, "--out", tmp_path / "none")

@@ -14,7 +14,7 @@ from fastercache import CompileError, RunError, UnsupportedModelError
 from fastercache.shapes import CALL, load
 
 ARGUMENTS = CALL | {"num_inference_steps": 8, "guidance_scale": 4.0, "output_type": "latent"}
-PROMPT = "a red circle moving left"
+PROMPT = "a red circle moving right"
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_a_schedule_that_skips_nothing_is_bit_identical(pipe):
 
 def test_several_prompts_and_videos_per_prompt(pipe):
     fastercache.compile(pipe)
-    prompts = [PROMPT, "a blue square moving up", "a green triangle moving down"]
+    prompts = [PROMPT, "a blue circle moving down", "a green triangle moving down"]
     assert sample(pipe, prompts, num_images_per_prompt=2).shape[0] == 6
     assert steps_of(pipe, "uncond") == (4, 0, 4)
 

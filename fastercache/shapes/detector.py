@@ -18,7 +18,7 @@ from fastercache.shapes.world import COLOURS, DIRECTIONS, PIXELS_PER_FRAME, Scen
 CONTRAST = 0.22
 """Distance in RGB ([0, 1] per channel) from the background at which a pixel belongs to an object: half the least contrast in the world."""
 FILL_SQUARE_CIRCLE = 0.885
-"""Bounding-box fill between a circle's (0.785) and a square's (1)."""
+"""Bounding-box fill between a circle's (0.785) and a square's (1), which the world has not, so that no blob passes for a circle."""
 FILL_CIRCLE_TRIANGLE = 0.65
 """Bounding-box fill between a triangle's (0.5) and a circle's."""
 
