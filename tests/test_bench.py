@@ -150,7 +150,7 @@ def test_every_ablation_group_has_one_default_and_builds():
     for arms in shapes_ablations.GROUPS.values():
         assert [arm.name for arm in arms].count(shapes_ablations.DEFAULT) == 1
     texts = {arm.name: shapes.cached(arm.name, arm.policy, 50).schedule for arms in shapes_ablations.GROUPS.values() for arm in arms}
-    assert len(set(texts.values())) == len(texts) == 12
+    assert len(set(texts.values())) == len(texts) == 10
 
 
 def test_bars_follow_the_scores():

@@ -325,7 +325,7 @@ def test_what_compile_refuses_is_left_as_it_was():
         (lambda: fastercache.compile(model, "papr"), ScheduleError, "unknown policy 'papr'.*paper"),
         (lambda: fastercache.compile(model, "nowhere.json"), ScheduleError, "'nowhere.json' cannot be read"),
         (lambda: fastercache.compile(model, 3.5), ScheduleError, "schedule is a float"),
-        (lambda: fastercache.compile(torch.compile(model)), CompileError, "compiled by torch already"),
+        (lambda: fastercache.compile(torch.compile(latte())), CompileError, "compiled by torch already"),
         (lambda: fastercache.restore(model), CompileError, "not compiled"),
         (lambda: fastercache.summary(model), CompileError, "not compiled"),
     ]:
