@@ -301,6 +301,9 @@ def train_denoiser(args, space: LatentSpace, tokenizer: T5Tokenizer) -> Denoiser
     data = CaptionedBatches(encode_pool(space, args.run, args.pool, args.seed), tokenizer, args.device)
     torch.manual_seed(args.seed)
     model = Denoiser(tokenizer).to(args.device)
+    if args.init is not None:
+        model.text_encoder.load_state_dict(T5EncoderModel.from_pretrained(args.init / "text_encoder").float().state_dict())
+        model.transformer.load_state_dict(LatteTransformer3DModel.from_pretrained(args.init / "transformer").float().state_dict())
     if args.device == "cpu":
         for module in model.transformer.modules():
             if isinstance(module, Attention):
@@ -342,6 +345,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/shapes"), help="checkpoints and log; an existing one is resumed")
     parser.add_argument("--export", type=Path, default=None, help="where the pipeline goes (default: <run>/pipeline)")
+    parser.add_argument(
+        "--init", type=Path, default=None, help="a pipeline directory to go on from: its denoiser is trained, its autoencoder kept"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pool", type=int, default=4800, help="rendered clips to learn from")
@@ -360,7 +366,10 @@ def main() -> None:
     tokenizer = build_tokenizer()
     space = LatentSpace(args.seed)
     denoiser = train_denoiser(args, space, tokenizer)
-    autoencoder = train_autoencoder(space, args.run, args.autoencoder_steps, args.seed, args.device)
+    if args.init is None:
+        autoencoder = train_autoencoder(space, args.run, args.autoencoder_steps, args.seed, args.device)
+    else:
+        autoencoder = AutoencoderKL.from_pretrained(args.init / "vae")
     export(args.export or args.run / "pipeline", autoencoder, tokenizer, denoiser)
 
 
