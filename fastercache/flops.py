@@ -43,18 +43,32 @@ def _like(arguments: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     return tree_map(empty, dict(arguments))
 
 
-def _count(model: nn.Module, forward: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, int]:
-    """Operations of one call, in all (key "") and under each module's path."""
+def _count(
+    model: nn.Module, forward: Callable[..., Any], sites: Sequence[Site], arguments: Mapping[str, Any]
+) -> tuple[int, dict[str, int]]:
+    """Operations of one call, in all and inside each site (by path)."""
     device = next(model.parameters()).device
     counter = FlopCounterMode(display=False)
-    # The math backend decomposes into matrix products, which are counted on every device.
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        forward(**_like(arguments, device))
-    root = type(model).__name__
-    counts = {"": counter.get_total_flops()}
-    for path, operations in counter.get_flop_counts().items():
-        counts[path.removeprefix(f"{root}.")] = sum(operations.values())
-    return counts
+    inside: dict[str, int] = {}
+
+    def enter(path: str) -> None:
+        inside[path] = inside.get(path, 0) - counter.get_total_flops()
+
+    def leave(path: str) -> None:
+        inside[path] += counter.get_total_flops()
+
+    handles = []
+    for site in sites:
+        handles.append(site.module.register_forward_pre_hook(lambda *_, path=site.path: enter(path)))
+        handles.append(site.module.register_forward_hook(lambda *_, path=site.path: leave(path)))
+    try:
+        # The math backend decomposes into matrix products, which are counted on every device.
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+            forward(**_like(arguments, device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return counter.get_total_flops(), inside
 
 
 def count_run(
@@ -68,14 +82,16 @@ def count_run(
 ) -> RunFlops:
     """Count a run of `plan` on `model`, whose original `forward` takes `arguments` (shapes count, not values)."""
     batch = family.latents(arguments).shape[0]
-    full = _count(model, forward, arguments)
-    single = _count(model, forward, family.narrow(arguments, batch, branch_rows(batch, order, ("cond",)))) if plan.guidance else full
+    full = _count(model, forward, sites, arguments)
+    single = full
+    if plan.guidance:
+        single = _count(model, forward, sites, family.narrow(arguments, batch, branch_rows(batch, order, ("cond",))))
     cached = 0
     for step in plan.steps:
-        counts = full if step.branches == plan.branches else single
-        cached += counts[""]
+        total, inside = full if step.branches == plan.branches else single
+        cached += total
         for site in sites:
             group = group_of(plan.groups, site.kind, site.layer)
             if group is not None and step.groups[group].blend:
-                cached -= counts.get(site.path, 0)
-    return RunFlops(full[""] * len(plan.steps), cached)
+                cached -= inside[site.path]
+    return RunFlops(full[0] * len(plan.steps), cached)
