@@ -211,12 +211,9 @@ class Run:
     def fits(self, arguments: dict[str, Any]) -> bool:
         return self.plan is None or self._key(arguments) == self._first_key
 
-    @staticmethod
-    def _key_of(latents: torch.Tensor) -> tuple:
-        return tuple(latents.shape), latents.dtype, latents.device
-
     def _key(self, arguments: dict[str, Any]) -> tuple:
-        return self._key_of(self.engine.family.latents(arguments))
+        latents = self.engine.family.latents(arguments)
+        return tuple(latents.shape), latents.dtype, latents.device
 
     def _begin(self, arguments: dict[str, Any]) -> None:
         engine, family = self.engine, self.engine.family

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastercache import ops
 from fastercache.families import BranchOrder, Family, Site
 from fastercache.plan import Branch, Plan, group_of
 
@@ -71,7 +72,7 @@ def plan_cache(
     if any(step.split for step in plan.steps):
         shape = family.prediction_shape(model, arguments)
         maps = (shape[0] // 2, *shape[1:])
-    return CachePlan(tuple(rings), maps, torch.float64 if dtype == torch.float64 else torch.float32)
+    return CachePlan(tuple(rings), maps, ops.map_dtype(dtype))
 
 
 class Cache:
