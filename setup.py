@@ -6,6 +6,7 @@ module. Neither is needed: what cannot be built is left out with a message, and 
 FASTERCACHE_BUILD=0 builds nothing; FASTERCACHE_BUILD=require turns anything that cannot be built into an error.
 """
 
+import glob
 import os
 import sys
 
@@ -31,7 +32,7 @@ def ops_extension() -> tuple[Extension, type[build_ext]]:
     extension = CppExtension(
         "fastercache._ops",
         ["csrc/bindings/ops.cpp"],
-        depends=["csrc/row_layout.h", *(f"csrc/kernels/{name}.h" for name in ("cfg", "dtypes", "ring", "strided"))],
+        depends=sorted(glob.glob("csrc/*.h") + glob.glob("csrc/kernels/*.h")),
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), ("TORCH_STABLE_ONLY", None)],
         extra_compile_args=FLAGS,
         py_limited_api=True,

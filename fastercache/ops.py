@@ -2,14 +2,18 @@
 
 | op | what it does | CPU | CUDA |
 |---|---|---|---|
-| `ring_push` | stores a site's newest output in its ring | C++ | Triton |
+| `ring_push` | stores a site's newest output in its ring | C++ | CUDA C++, else Triton |
 | `ring_blend` | approximates an output from the last computed ones | C++ | Triton |
 | `ring_blend_add` | the same, gated and added to the residual stream | C++ | Triton |
+| `packed_push` | stores a site's newest output in 8 bits, and its change in 8 or 4 | C++ | CUDA C++ |
+| `packed_blend`, `packed_blend_add` | as `ring_blend`, `ring_blend_add`, from a packed ring | C++ | Triton |
 | `cfg_split` | splits the difference of the CFG branches into two bands | C++ | Triton |
 | `cfg_reconstruct` | rebuilds the unconditional half from the conditional one | C++ | Triton |
+| `cfg_guide` | the guided prediction itself, from the conditional one | C++ | Triton |
 
-Where the C++ library is not built, or Triton cannot be imported, plain PyTorch serves the op under the same name: `implementations()` says
-which, `fallback_reasons()` says why. FASTERCACHE_FORCE_REFERENCE=1 in the environment selects PyTorch everywhere.
+Where a library is not built, or Triton cannot be imported, plain PyTorch serves the op under the same name; the packed ops have no such
+stand-in. `implementations()` says which serves, `fallback_reasons()` says why. FASTERCACHE_FORCE_REFERENCE=1 in the environment selects
+PyTorch everywhere.
 
 Every op reads what changes from step to step from a *row* on the device, 16 float32 values described in `fastercache.triton_kernels.row`,
 so one graph serves all steps. The ops have no gradient, and mutate their arguments without returning them. A row that names a slot outside
@@ -21,13 +25,22 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fastercache.triton_kernels import _triton
 from fastercache.triton_kernels import cfg_split as _split
-from fastercache.triton_kernels.cfg_reconstruct import reference_cfg_reconstruct, triton_cfg_reconstruct
+from fastercache.triton_kernels import packed as _packed
+from fastercache.triton_kernels.cfg_reconstruct import (
+    reference_cfg_guide,
+    reference_cfg_reconstruct,
+    triton_cfg_guide,
+    triton_cfg_reconstruct,
+)
+from fastercache.triton_kernels.packed import PackedRow
 from fastercache.triton_kernels.ring_blend import (
     reference_ring_blend,
     reference_ring_blend_add,
@@ -40,13 +53,19 @@ from fastercache.triton_kernels.row import MAX_TAPS, ROW_SIZE, Row
 __all__ = [
     "DTYPES",
     "MAX_TAPS",
+    "PACKED_DTYPES",
     "ROW_SIZE",
+    "PackedRow",
     "Row",
+    "cfg_guide",
     "cfg_reconstruct",
     "cfg_split",
     "fallback_reasons",
     "implementations",
     "map_dtype",
+    "packed_blend",
+    "packed_blend_add",
+    "packed_push",
     "prepare_cfg_split",
     "ring_blend",
     "ring_blend_add",
@@ -54,44 +73,60 @@ __all__ = [
 ]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+PACKED_DTYPES = _packed.DTYPES
+"""Of the outputs a packed ring can hold."""
 
-# Name -> (schema, PyTorch, Triton, what a fake call returns)
-_OPS: dict[str, tuple[str, Callable, Callable, Callable]] = {
-    "ring_push": ("(Tensor(a!) ring, Tensor x, Tensor row) -> ()", reference_ring_push, triton_ring_push, lambda ring, x, row: None),
-    "ring_blend": (
-        "(Tensor ring, Tensor row) -> Tensor",
-        reference_ring_blend,
-        triton_ring_blend,
-        lambda ring, row: ring.new_empty(ring.shape[1:]),
+
+@dataclass(frozen=True)
+class _Op:
+    """reference: plain PyTorch, registered where nothing faster is, if `fallback`. triton: `None` for an op that CUDA C++ alone serves."""
+
+    schema: str
+    reference: Callable[..., Any]
+    triton: Callable[..., Any] | None
+    fallback: bool = True
+
+
+_OPS = {
+    "ring_push": _Op("(Tensor(a!) ring, Tensor x, Tensor row) -> ()", reference_ring_push, triton_ring_push),
+    "ring_blend": _Op("(Tensor(a!) out, Tensor ring, Tensor row) -> ()", reference_ring_blend, triton_ring_blend),
+    "ring_blend_add": _Op("(Tensor(a!) x, Tensor gate, Tensor ring, Tensor row) -> ()", reference_ring_blend_add, triton_ring_blend_add),
+    "packed_push": _Op("(Tensor(a!) ring, Tensor x, int bits) -> ()", _packed.reference_packed_push, None, False),
+    "packed_blend": _Op(
+        "(Tensor(a!) out, Tensor ring, Tensor row, int bits) -> ()", _packed.reference_packed_blend, _packed.triton_packed_blend, False
     ),
-    "ring_blend_add": (
-        "(Tensor(a!) x, Tensor gate, Tensor ring, Tensor row) -> ()",
-        reference_ring_blend_add,
-        triton_ring_blend_add,
-        lambda x, gate, ring, row: None,
+    "packed_blend_add": _Op(
+        "(Tensor(a!) x, Tensor gate, Tensor ring, Tensor row, int bits) -> ()",
+        _packed.reference_packed_blend_add,
+        _packed.triton_packed_blend_add,
+        False,
     ),
-    "cfg_split": (
+    "cfg_split": _Op(
         "(Tensor(a!) low, Tensor(b!) high, Tensor uncond, Tensor cond, int radius) -> ()",
         _split.reference_cfg_split,
         _split.triton_cfg_split,
-        lambda low, high, uncond, cond, radius: None,
     ),
-    "cfg_reconstruct": (
+    "cfg_reconstruct": _Op(
         "(Tensor(a!) out, Tensor cond, Tensor low, Tensor high, Tensor row, int cond_half) -> ()",
         reference_cfg_reconstruct,
         triton_cfg_reconstruct,
-        lambda out, cond, low, high, row, cond_half: None,
+    ),
+    "cfg_guide": _Op(
+        "(Tensor(a!) out, Tensor cond, Tensor low, Tensor high, Tensor row, Tensor scale) -> ()", reference_cfg_guide, triton_cfg_guide
     ),
 }
+
+_IN_CUDA = ("ring_push", "packed_push")
+"""The ops that csrc/cuda serves."""
 
 _library = torch.library.Library("fastercache", "DEF")  # the registrations live as long as this object
 
 
-def _load_cpp() -> str | None:
-    """Loads the C++ library, which registers itself for the CPU. Returns why it could not, or None."""
-    paths = sorted(Path(__file__).parent.glob("_ops*.so"))
+def _load(name: str, what: str) -> str | None:
+    """Loads the library `<name>*.so`, which registers itself. Returns why it could not, or None."""
+    paths = sorted(Path(__file__).parent.glob(f"{name}.*"))
     if not paths:
-        return "the C++ library was not built (no fastercache/_ops*.so); installing with FASTERCACHE_BUILD=require shows why"
+        return f"the {what} library was not built (no fastercache/{name}*.so); installing with FASTERCACHE_BUILD=require shows why"
     try:
         torch.ops.load_library(str(paths[0]))
     except Exception as error:
@@ -101,43 +136,74 @@ def _load_cpp() -> str | None:
     return None
 
 
-def _register() -> tuple[dict[str, str], list[str]]:
-    """Defines the ops and picks an implementation for each device. Returns the name of each device's, and the reasons for fallbacks."""
-    for name, (schema, _, _, fake) in _OPS.items():
-        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"fastercache::{name}", fake, lib=_library)
-    no_cpp: str | None
-    no_triton: str | None
+def _register() -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Defines the ops and picks an implementation for each device. Returns the name of each, and the reasons for fallbacks."""
+    for name, op in _OPS.items():
+        _library.define(name + op.schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"fastercache::{name}", lambda *args: None, lib=_library)
+    missing: dict[str, str | None]
     if os.environ.get("FASTERCACHE_FORCE_REFERENCE") == "1":
-        no_cpp = no_triton = "FASTERCACHE_FORCE_REFERENCE=1 is set"
+        missing = dict.fromkeys(("C++", "CUDA C++", "Triton"), "FASTERCACHE_FORCE_REFERENCE=1 is set")
     else:
-        no_cpp = _load_cpp()
-        no_triton = f"Triton cannot be imported ({_triton.MISSING})" if _triton.MISSING else None
-    for name, (_, reference, launcher, _) in _OPS.items():
-        if no_cpp:
-            _library.impl(name, reference, "CPU")
-        _library.impl(name, reference if no_triton else launcher, "CUDA")
-    chosen = {"cpu": "PyTorch" if no_cpp else "C++", "cuda": "PyTorch" if no_triton else "Triton"}
-    reasons = [f"The {device} ops run on PyTorch: {why}." for device, why in (("CPU", no_cpp), ("CUDA", no_triton)) if why]
+        missing = {
+            "C++": _load("_ops", "C++"),
+            "CUDA C++": _load("_ops_cuda", "CUDA C++") if torch.version.cuda else "the installed torch has no CUDA",
+            "Triton": f"Triton cannot be imported ({_triton.MISSING})" if _triton.MISSING else None,
+        }
+    chosen: dict[str, dict[str, str]] = {}
+    for name, op in _OPS.items():
+        on_cuda = next((how for how in _cuda_candidates(name, op) if missing[how] is None), None)
+        if missing["C++"] and op.fallback:
+            _library.impl(name, op.reference, "CPU")
+        if on_cuda == "Triton" and op.triton is not None:
+            _library.impl(name, op.triton, "CUDA")
+        elif on_cuda is None and op.fallback:
+            _library.impl(name, op.reference, "CUDA")
+        stand_in = "PyTorch" if op.fallback else "none"
+        chosen[name] = {"cpu": stand_in if missing["C++"] else "C++", "cuda": on_cuda or stand_in}
+    reasons = []
+    if missing["C++"]:
+        reasons.append(f"The CPU ops run on PyTorch: {missing['C++']}.")
+    if missing["Triton"]:
+        reasons.append(f"The CUDA ops run on PyTorch: {missing['Triton']}.")
+    elif missing["CUDA C++"] and torch.version.cuda:
+        reasons.append(f"On CUDA, ring_push runs on Triton and packed caches are not to be had: {missing['CUDA C++']}.")
     return chosen, reasons
+
+
+def _cuda_candidates(name: str, op: _Op) -> list[str]:
+    """What may serve an op on CUDA, best first."""
+    return [*(["CUDA C++"] if name in _IN_CUDA else []), *(["Triton"] if op.triton else [])]
 
 
 _CHOSEN, _REASONS = _register()
 _ring_push = torch.ops.fastercache.ring_push.default
 _ring_blend = torch.ops.fastercache.ring_blend.default
 _ring_blend_add = torch.ops.fastercache.ring_blend_add.default
+_packed_push = torch.ops.fastercache.packed_push.default
+_packed_blend = torch.ops.fastercache.packed_blend.default
+_packed_blend_add = torch.ops.fastercache.packed_blend_add.default
 _cfg_split = torch.ops.fastercache.cfg_split.default
 _cfg_reconstruct = torch.ops.fastercache.cfg_reconstruct.default
+_cfg_guide = torch.ops.fastercache.cfg_guide.default
 
 
 def implementations() -> dict[str, dict[str, str]]:
-    """Which code serves each op: `{op: {"cpu": "C++" | "PyTorch", "cuda": "Triton" | "PyTorch"}}`."""
-    return {name: dict(_CHOSEN) for name in _OPS}
+    """Which code serves each op: `{op: {"cpu": "C++" | "PyTorch" | "none", "cuda": "CUDA C++" | "Triton" | "PyTorch" | "none"}}`."""
+    return {name: dict(chosen) for name, chosen in _CHOSEN.items()}
 
 
 def fallback_reasons() -> list[str]:
-    """Why plain PyTorch serves the ops of a device, one sentence for each such device; empty when nothing falls back."""
+    """Why something slower serves the ops of a device, one sentence for each such device; empty when nothing falls back."""
     return list(_REASONS)
+
+
+def packed_missing(device: torch.device) -> str | None:
+    """Why packed rings cannot be used on a device, or None where they can."""
+    missing = [name for name, chosen in _CHOSEN.items() if not _OPS[name].fallback and chosen.get(device.type, "none") == "none"]
+    if not missing:
+        return None
+    return " ".join([f"nothing serves {', '.join(missing)} on {device.type}.", *_REASONS])
 
 
 def map_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -209,7 +275,7 @@ def ring_push(ring: torch.Tensor, x: torch.Tensor, row: torch.Tensor) -> None:
     _ring_push(ring, x, row)
 
 
-def ring_blend(ring: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+def ring_blend(ring: torch.Tensor, row: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """Approximates a site's output from its last computed ones: `sum_k c_k ring[slot_k]` over the row's taps.
 
     With taps A (newest) and B and coefficients `1 + w, -w` this is FasterCache's Eq. 5, `A + w (A - B)`. Slots that no tap in use names are
@@ -218,9 +284,10 @@ def ring_blend(ring: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
     Args:
         ring: `[slots, *shape]`, as in `ring_push`.
         row: `[16]` float32, contiguous, on the device of `ring`.
+        out: `[*shape]`, the dtype and device of `ring`, contiguous, not in the ring; overwritten. A new tensor if not given.
 
     Returns:
-        `[*shape]`, the dtype of `ring`, contiguous.
+        `out`.
 
     Moves the bytes of one slot for each tap and one for the result.
 
@@ -228,7 +295,13 @@ def ring_blend(ring: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
         ValueError, TypeError, RuntimeError: as in `ring_push`.
     """
     _check_ring(ring, row)
-    return _ring_blend(ring, row)
+    if out is None:
+        out = ring.new_empty(ring.shape[1:])
+    else:
+        _check_tensor("out", out, ring.shape[1:], ring.dtype, ring.device)
+        _check_contiguous("out", out)
+    _ring_blend(out, ring, row)
+    return out
 
 
 def ring_blend_add(x: torch.Tensor, gate: torch.Tensor, ring: torch.Tensor, row: torch.Tensor) -> None:
@@ -249,18 +322,75 @@ def ring_blend_add(x: torch.Tensor, gate: torch.Tensor, ring: torch.Tensor, row:
     """
     _check_ring(ring, row)
     _check_tensor("x", x, ring.shape[1:], ring.dtype, ring.device)
-    if x.dim() and x.shape[-1] > 1 and x.stride(-1) != 1:
-        raise ValueError(f"x has strides {list(x.stride())}, expected 1 in the last dimension")
-    if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
-        raise ValueError(f"x has strides {list(x.stride())} for shape {list(x.shape)}, expected no broadcast dimension")
-    if gate.dtype not in (x.dtype, torch.float32):
-        raise TypeError(f"gate has dtype {gate.dtype}, expected {x.dtype} or torch.float32")
-    if gate.device != x.device:
-        raise ValueError(f"gate is on {gate.device}, expected {x.device}")
-    missing = x.dim() - gate.dim()
-    if missing < 0 or any(mine not in (1, size) for mine, size in zip(gate.shape, x.shape[missing:], strict=True)):
-        raise ValueError(f"gate has shape {list(gate.shape)}, expected one that broadcasts to x, {list(x.shape)}")
+    _check_gated(x, gate)
     _ring_blend_add(x, gate, ring, row)
+
+
+def packed_push(ring: torch.Tensor, x: torch.Tensor, bits: int) -> None:
+    """Stores `x` as the newest output of its site in a packed ring, and its change from the one before.
+
+    Each row of channels is quantized in blocks of 128, `scale = max |value| / 127` (7 for a difference of 4 bits), to the nearest code. The
+    difference is that of `x` to the newest output as the ring holds it, so that the error of one push does not go into the next. A
+    value that is not finite makes its whole block NaN. Needs no row: the newest output has one place.
+
+    Args:
+        ring: `[*shape[:-1], PackedRow(channels, bits).bytes]` uint8, contiguous. Changed in place.
+        x: `[*shape]`, channels last, float32, bfloat16 or float16, on the device of `ring`; any strides.
+        bits: of a difference's code, 8 or 4; 0 keeps no difference, for one tap.
+
+    Moves the bytes of `x`, those of the newest output once for reading and the whole ring's for writing.
+
+    Raises:
+        ValueError: a shape, stride, device or `bits` is wrong.
+        TypeError: a dtype is wrong.
+        NotImplementedError: nothing serves packed rings on this device; `packed_missing` says why.
+    """
+    _check_packed(ring, x, "x", bits)
+    _packed_push(ring, x, bits)
+
+
+def packed_blend(ring: torch.Tensor, row: torch.Tensor, out: torch.Tensor, bits: int) -> torch.Tensor:
+    """As `ring_blend` from a packed ring: `(c_0 + c_1) A - c_1 D` with the newest output A and its difference D to the one before.
+
+    Args:
+        ring: uint8, as in `packed_push`.
+        row: `[16]` float32, contiguous, on the device of `ring`; of at most 2 taps (1 where `bits` is 0). Its slots are not read.
+        out: `[*shape]`, float32, bfloat16 or float16, contiguous, on the device of `ring`. Overwritten.
+        bits: as the ring was pushed.
+
+    Returns:
+        `out`.
+
+    Moves the bytes of the ring and of `out`.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as in `packed_push`.
+        RuntimeError: on the CPU, when the row has more taps.
+    """
+    _check_packed(ring, out, "out", bits)
+    _check_contiguous("out", out)
+    _check_row(row, ring.device)
+    _packed_blend(out, ring, row, bits)
+    return out
+
+
+def packed_blend_add(x: torch.Tensor, gate: torch.Tensor, ring: torch.Tensor, row: torch.Tensor, bits: int) -> None:
+    """Adds a site's approximated output to the residual stream: `x += gate * packed_blend(ring, row)`, rounded once.
+
+    Args:
+        x: `[*shape]`, float32, bfloat16 or float16; the last dimension contiguous, no two elements sharing memory. Changed in place.
+        gate: broadcastable to `x`; the dtype of `x`, or float32.
+        ring, row, bits: as in `packed_blend`.
+
+    Moves the bytes of the ring, two for `x`, and those of the gate.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError, RuntimeError: as in `packed_blend`.
+    """
+    _check_packed(ring, x, "x", bits)
+    _check_row(row, ring.device)
+    _check_gated(x, gate)
+    _packed_blend_add(x, gate, ring, row, bits)
 
 
 def cfg_split(low: torch.Tensor, high: torch.Tensor, uncond: torch.Tensor, cond: torch.Tensor, radius: int) -> None:
@@ -326,6 +456,42 @@ def cfg_reconstruct(
     _cfg_reconstruct(out, cond, low, high, row, cond_half)
 
 
+def cfg_guide(
+    cond: torch.Tensor, low: torch.Tensor, high: torch.Tensor, row: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The guided prediction of a skipped step: `u + scale (cond - u)` with `u = cond + w_low * low + w_high * high`.
+
+    For a sampler that would otherwise rebuild both branches with `cfg_reconstruct` only to combine them: 3 tensors are read and one is
+    written. Computed in the dtype of the maps and rounded once.
+
+    Args:
+        cond: `[...]`, float32, bfloat16, float16 or float64; any strides.
+        low: `[...]`, float32 (float64 for float64), contiguous.
+        high: as `low`.
+        row: `[16]` float32, contiguous, on the device of `cond`.
+        scale: the guidance scale, `[1]` float32 on the device of `cond`.
+        out: as `cond`, contiguous; overwritten. It may be `cond` itself, where that is contiguous. A new tensor if not given.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError: a shape, stride or device is wrong.
+        TypeError: a dtype is wrong.
+    """
+    _check_dtype("cond", cond)
+    _check_maps(low, high, cond)
+    _check_row(row, cond.device)
+    _check_tensor("scale", scale, torch.Size((1,)), torch.float32, cond.device)
+    if out is None:
+        out = torch.empty(cond.shape, dtype=cond.dtype, device=cond.device)
+    else:
+        _check_tensor("out", out, cond.shape, cond.dtype, cond.device)
+        _check_contiguous("out", out)
+    _cfg_guide(out, cond, low, high, row, scale)
+    return out
+
+
 def prepare_cfg_split(height: int, width: int, radius: int, dtype: torch.dtype, device: torch.device | str) -> None:
     """Makes the two Fourier bases that `cfg_split` of `[..., height, width]` inputs of `dtype` needs on `device`, and keeps them.
 
@@ -336,6 +502,30 @@ def prepare_cfg_split(height: int, width: int, radius: int, dtype: torch.dtype, 
     """
     _check_radius(radius, height, width)
     _split.prepare(height, width, radius, dtype, torch.empty(0, device=device).device)  # the device with its index, as tensors have it
+
+
+def _check_gated(x: torch.Tensor, gate: torch.Tensor) -> None:
+    if x.dim() and x.shape[-1] > 1 and x.stride(-1) != 1:
+        raise ValueError(f"x has strides {list(x.stride())}, expected 1 in the last dimension")
+    if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
+        raise ValueError(f"x has strides {list(x.stride())} for shape {list(x.shape)}, expected no broadcast dimension")
+    if gate.dtype not in (x.dtype, torch.float32):
+        raise TypeError(f"gate has dtype {gate.dtype}, expected {x.dtype} or torch.float32")
+    if gate.device != x.device:
+        raise ValueError(f"gate is on {gate.device}, expected {x.device}")
+    missing = x.dim() - gate.dim()
+    if missing < 0 or any(mine not in (1, size) for mine, size in zip(gate.shape, x.shape[missing:], strict=True)):
+        raise ValueError(f"gate has shape {list(gate.shape)}, expected one that broadcasts to x, {list(x.shape)}")
+
+
+def _check_packed(ring: torch.Tensor, values: torch.Tensor, name: str, bits: int) -> None:
+    if values.dtype not in PACKED_DTYPES:
+        raise TypeError(f"{name} has dtype {values.dtype}, expected one of {', '.join(str(dtype) for dtype in PACKED_DTYPES)}")
+    if values.dim() < 1 or values.shape[-1] < 1:
+        raise ValueError(f"{name} has shape {list(values.shape)}, expected [..., channels] with at least one channel")
+    layout = PackedRow(values.shape[-1], bits)
+    _check_tensor("ring", ring, torch.Size((*values.shape[:-1], layout.bytes)), torch.uint8, values.device)
+    _check_contiguous("ring", ring)
 
 
 def _check_maps(low: torch.Tensor, high: torch.Tensor, like: torch.Tensor) -> None:

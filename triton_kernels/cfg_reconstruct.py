@@ -7,6 +7,8 @@ fft2, mask and ifft2, are then a weighted sum of real tensors, because the Fouri
 
 The guidance code that follows expects one batch with both halves, so the op also copies `cond` to its half: each element of `cond` is read
 once and written twice. Where the caller has already placed `cond` in its half of `out`, that copy is left out.
+
+Guidance is one more weighted sum, `u + s (cond - u) = cond + (1 - s) (w_low * low + w_high * high)`, which `cfg_guide` gives directly.
 """
 
 from __future__ import annotations
@@ -47,6 +49,15 @@ def reference_cfg_reconstruct(
     copied.copy_(cond)
 
 
+def reference_cfg_guide(
+    out: torch.Tensor, cond: torch.Tensor, low: torch.Tensor, high: torch.Tensor, row: torch.Tensor, scale: torch.Tensor
+) -> None:
+    """The op in plain PyTorch."""
+    dtype = compute_dtype(cond.dtype)
+    residual = row[Row.LOW].to(dtype) * low + row[Row.HIGH].to(dtype) * high
+    out.copy_(cond.to(dtype) + (1 - scale.to(dtype)) * residual)
+
+
 @triton.jit
 def cfg_reconstruct_kernel(
     copied, rebuilt, cond, low, high, row, elements, sizes, strides, COPY: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
@@ -84,6 +95,29 @@ def triton_cfg_reconstruct(
             COPY=copied.data_ptr() != cond.data_ptr(),
             BLOCK=BLOCK_SIZE,
             WIDE=needs_wide(sizes, strides),
+        )
+
+
+@triton.jit
+def cfg_guide_kernel(out, cond, low, high, row, scale, elements, sizes, strides, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    index = program_elements(BLOCK, WIDE)
+    inside = index < elements
+    rest = 1.0 - tl.load(scale)
+    residual = tl.load(row + LOW) * tl.load(low + index, mask=inside) + tl.load(row + HIGH) * tl.load(high + index, mask=inside)
+    total = widen(tl.load(cond + strided_offset(index, sizes, strides), mask=inside)) + rest * residual
+    tl.store(out + index, total.to(out.dtype.element_ty), mask=inside)
+
+
+def triton_cfg_guide(
+    out: torch.Tensor, cond: torch.Tensor, low: torch.Tensor, high: torch.Tensor, row: torch.Tensor, scale: torch.Tensor
+) -> None:
+    """Launches the kernel; arguments as in `fastercache.ops.cfg_guide`, taken as valid."""
+    if cond.numel() == 0:
+        return
+    sizes, strides = collapse(cond.shape, cond.stride())
+    with on_device_of(out):
+        cfg_guide_kernel[grid(cond.numel())](
+            out, cond, low, high, row, scale, cond.numel(), sizes, strides, BLOCK=BLOCK_SIZE, WIDE=needs_wide(sizes, strides)
         )
 
 

@@ -1,4 +1,4 @@
-// fastercache._layout: how many bytes a ring takes and where its slots lie. Host-side planning only; never traced.
+// fastercache._layout: how many bytes a ring takes and where its parts lie. Host-side planning only; never traced.
 
 #include <pybind11/pybind11.h>
 
@@ -7,7 +7,13 @@
 #include <stdexcept>
 #include <string>
 
+#include "../packed_layout.h"
+
 namespace {
+
+void check(const char* name, int64_t value, bool valid, const char* expected) {
+  if (!valid) throw std::invalid_argument(std::string(name) + " is " + std::to_string(value) + ", expected " + expected);
+}
 
 class RingLayout {
  public:
@@ -33,12 +39,14 @@ class RingLayout {
  private:
   static constexpr int64_t kLimit = std::numeric_limits<int64_t>::max();
 
-  static void check(const char* name, int64_t value, bool valid, const char* expected) {
-    if (!valid) throw std::invalid_argument(std::string(name) + " is " + std::to_string(value) + ", expected " + expected);
-  }
-
   int64_t slots_, rows_, row_bytes_, alignment_, slot_stride_ = 0;
 };
+
+fastercache::PackedRow packed_row(int64_t channels, int bits) {
+  check("channels", channels, channels > 0 && channels < (int64_t(1) << 58), "at least 1");
+  check("bits", bits, bits == 0 || bits == 4 || bits == 8, "one of 0, 4, 8");
+  return {channels, bits};
+}
 
 }  // namespace
 
@@ -52,4 +60,13 @@ PYBIND11_MODULE(_layout, m) {
       .def_property_readonly("bytes", &RingLayout::bytes, "Bytes of the whole ring, padding included.")
       .def_property_readonly("slot_stride_bytes", &RingLayout::slot_stride_bytes, "Bytes from one slot to the next.")
       .def("__repr__", &RingLayout::repr);
+
+  using fastercache::PackedRow;
+  py::class_<PackedRow>(m, "PackedRow", "The bytes of one row of `channels` in a packed ring, with `bits` for each difference.")
+      .def(py::init(&packed_row), "channels"_a, "bits"_a)
+      .def_property_readonly("blocks", &PackedRow::blocks, "Blocks of channels that share a scale.")
+      .def_property_readonly("difference", &PackedRow::difference, "Where the codes of the difference begin.")
+      .def_property_readonly("newest_scales", &PackedRow::newest_scales, "Where the scales of the newest output begin.")
+      .def_property_readonly("difference_scales", &PackedRow::difference_scales, "Where the scales of the difference begin.")
+      .def_property_readonly("bytes", &PackedRow::bytes, "Bytes of the whole row, padding included.");
 }

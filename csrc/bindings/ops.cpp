@@ -9,9 +9,11 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "../kernels/cfg.h"
+#include "../kernels/packed.h"
 #include "../kernels/ring.h"
 #include "../kernels/strided.h"
 #include "../row_layout.h"
@@ -116,10 +118,9 @@ void ring_push(Tensor ring, Tensor x, Tensor row) {
   }
 }
 
-Tensor ring_blend(Tensor ring, Tensor row) {
-  const auto sizes = ring.sizes();
-  const std::vector<int64_t> shape(sizes.begin() + 1, sizes.end());
-  Tensor out = torch::stable::new_empty(ring, shape);
+void ring_blend(Tensor out, Tensor ring, Tensor row) {
+  check_size(out, slot_size(ring), "out");
+  STD_TORCH_CHECK(out.scalar_type() == ring.scalar_type() && out.is_contiguous(), "out must be contiguous and of the ring's dtype");
   dispatch(ring.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     const Taps<T> taps = read_taps<T>(ring, row);
@@ -128,7 +129,6 @@ Tensor ring_blend(Tensor ring, Tensor row) {
       blend_run(to + begin, taps, begin, end - begin);
     });
   });
-  return out;
 }
 
 void ring_blend_add(Tensor x, Tensor gate, Tensor ring, Tensor row) {
@@ -147,6 +147,106 @@ void ring_blend_add(Tensor x, Tensor gate, Tensor ring, Tensor row) {
         both(begin, end, [&](int64_t position, const auto& offset, int64_t count) {
           blend_add_run(to + offset[0], both.step()[0], factor + offset[1], both.step()[1], taps, position, count);
         });
+      });
+    };
+    if (gate.scalar_type() == x.scalar_type()) return add(type);
+    STD_TORCH_CHECK(gate.scalar_type() == ScalarType::Float, "gate must have the dtype of x, or float32");
+    add(Type<float>{});
+  });
+}
+
+// How a packed ring lies beside a tensor of the same lines: `lines` rows of `channels` elements, a `row` of bytes for each.
+struct PackedLines {
+  int64_t lines, channels, bytes;
+  int bits;
+
+  int64_t grain() const { return std::max<int64_t>(1, kGrain / channels); }
+};
+
+PackedLines packed_lines(const Tensor& ring, const Tensor& values, int64_t bits) {
+  STD_TORCH_CHECK(bits == 0 || bits == 4 || bits == 8, "bits is ", bits, ", expected 0, 4 or 8");
+  STD_TORCH_CHECK(values.dim() >= 1 && values.size(values.dim() - 1) >= 1, "expected [..., channels] with at least one channel");
+  STD_TORCH_CHECK(ring.scalar_type() == ScalarType::Byte && ring.is_contiguous(), "a packed ring must be contiguous uint8");
+  const int64_t channels = values.size(values.dim() - 1), bytes = PackedRow{channels, int(bits)}.bytes();
+  const int64_t lines = values.numel() / channels;
+  check_size(ring, lines * bytes, "ring");
+  return {lines, channels, bytes, int(bits)};
+}
+
+template <class F>
+void dispatch_packed(ScalarType dtype, F&& call) {
+  STD_TORCH_CHECK(dtype != ScalarType::Double, "a packed ring holds float32, bfloat16 or float16, not float64");
+  dispatch(dtype, [&](auto type) {
+    if constexpr (!std::is_same_v<decltype(type), Type<double>>) call(type);
+  });
+}
+
+PackedTaps read_packed_taps(const Tensor& row_tensor) {
+  const float* row = row_data(row_tensor);
+  STD_TORCH_CHECK(row[ROW_TAPS] >= 0 && row[ROW_TAPS] <= 2, "the row uses ", row[ROW_TAPS], " taps, a packed ring holds 2");
+  const bool both = row[ROW_TAPS] > 1;
+  const float first = row[ROW_TAPS] > 0 ? row[ROW_COEFFICIENT] : 0, second = both ? row[ROW_COEFFICIENT + 1] : 0;
+  return {both, first + second, -second};
+}
+
+// run(line, offsets): one line of channels at a time, at `offsets` from the start of each of the N tensors whose strides are walked.
+template <int N, class F>
+void each_line(const PackedLines& shape, const Tensor& like, const std::array<const int64_t*, N>& strides, F&& run) {
+  const StridedWalk<N> lines(int(like.dim()) - 1, like.sizes().data(), strides);
+  torch::stable::parallel_for(0, shape.lines, shape.grain(), [&](int64_t begin, int64_t end) {
+    lines(begin, end, [&](int64_t position, const auto& offsets, int64_t count) {
+      auto at = offsets;
+      for (int64_t i = 0; i < count; ++i) {
+        run(position + i, at);
+        for (int o = 0; o < N; ++o) at[size_t(o)] += lines.step()[size_t(o)];
+      }
+    });
+  });
+}
+
+void packed_push(Tensor ring, Tensor x, int64_t bits) {
+  const PackedLines shape = packed_lines(ring, x, bits);
+  const int64_t step = x.stride(x.dim() - 1);
+  dispatch_packed(x.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    auto* packed = data<uint8_t>(ring);
+    const T* in = const_data<T>(x);
+    each_line<1>(shape, x, {x.strides().data()}, [&](int64_t line, const auto& at) {
+      push_packed(packed + line * shape.bytes, in + at[0], step, shape.channels, shape.bits);
+    });
+  });
+}
+
+void packed_blend(Tensor out, Tensor ring, Tensor row, int64_t bits) {
+  const PackedLines shape = packed_lines(ring, out, bits);
+  const PackedTaps taps = read_packed_taps(row);
+  STD_TORCH_CHECK(out.is_contiguous(), "out must be contiguous");
+  dispatch_packed(out.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    T* to = data<T>(out);
+    const auto* packed = const_data<uint8_t>(ring);
+    torch::stable::parallel_for(0, shape.lines, shape.grain(), [&](int64_t begin, int64_t end) {
+      for (int64_t line = begin; line < end; ++line)
+        blend_packed(to + line * shape.channels, packed + line * shape.bytes, shape.channels, shape.bits, taps);
+    });
+  });
+}
+
+void packed_blend_add(Tensor x, Tensor gate, Tensor ring, Tensor row, int64_t bits) {
+  const PackedLines shape = packed_lines(ring, x, bits);
+  const PackedTaps taps = read_packed_taps(row);
+  const auto gate_strides = broadcast_strides(gate, x.dim());
+  STD_TORCH_CHECK(shape.channels == 1 || x.stride(x.dim() - 1) == 1, "x must be contiguous in the last dimension");
+  dispatch_packed(x.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    const auto add = [&](auto gate_type) {
+      using G = typename decltype(gate_type)::type;
+      T* to = data<T>(x);
+      const G* factor = const_data<G>(gate);
+      const auto* packed = const_data<uint8_t>(ring);
+      each_line<2>(shape, x, {x.strides().data(), gate_strides.data()}, [&](int64_t line, const auto& at) {
+        blend_add_packed(
+            to + at[0], factor + at[1], gate_strides.back(), packed + line * shape.bytes, shape.channels, shape.bits, taps);
       });
     };
     if (gate.scalar_type() == x.scalar_type()) return add(type);
@@ -209,12 +309,39 @@ void cfg_reconstruct(Tensor out, Tensor cond, Tensor low, Tensor high, Tensor ro
   });
 }
 
+void cfg_guide(Tensor out, Tensor cond, Tensor low, Tensor high, Tensor row, Tensor scale) {
+  check_size(out, cond.numel(), "out");
+  check_size(low, cond.numel(), "low");
+  check_size(high, cond.numel(), "high");
+  STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float && scale.numel() == 1, "scale must be one float32 value");
+  const float* weights = row_data(row);
+  const auto source = walk<1>(cond, {cond.strides().data()});
+  dispatch(cond.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    using A = compute_t<T>;
+    T* to = data<T>(out);
+    const T* in = const_data<T>(cond);
+    const A *low_data = const_data<A>(low), *high_data = const_data<A>(high);
+    const A rest = A(1) - A(*const_data<float>(scale)), w_low = rest * A(weights[ROW_LOW]), w_high = rest * A(weights[ROW_HIGH]);
+    torch::stable::parallel_for(0, cond.numel(), kGrain, [&](int64_t begin, int64_t end) {
+      source(begin, end, [&](int64_t position, const auto& offset, int64_t count) {
+        reconstruct_run(
+            to + position, in + offset[0], source.step()[0], low_data + position, high_data + position, w_low, w_high, count);
+      });
+    });
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastercache, CPU, m) {
   m.impl("ring_push", TORCH_BOX(&ring_push));
   m.impl("ring_blend", TORCH_BOX(&ring_blend));
   m.impl("ring_blend_add", TORCH_BOX(&ring_blend_add));
+  m.impl("packed_push", TORCH_BOX(&packed_push));
+  m.impl("packed_blend", TORCH_BOX(&packed_blend));
+  m.impl("packed_blend_add", TORCH_BOX(&packed_blend_add));
   m.impl("cfg_split", TORCH_BOX(&cfg_split));
   m.impl("cfg_reconstruct", TORCH_BOX(&cfg_reconstruct));
+  m.impl("cfg_guide", TORCH_BOX(&cfg_guide));
 }

@@ -10,14 +10,31 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from fastercache import ops
-from fastercache.triton_kernels import _triton, cfg_reconstruct, cfg_split, ring_blend, ring_push
+from fastercache.triton_kernels import _triton, cfg_reconstruct, cfg_split, packed, ring_blend, ring_push
 
-OPS = ("ring_push", "ring_blend", "ring_blend_add", "cfg_split", "cfg_reconstruct")
-MODULES = (ring_push, ring_blend, cfg_split, cfg_reconstruct)
+OPS = tuple(ops.implementations())
+MODULES = (ring_push, ring_blend, packed, cfg_split, cfg_reconstruct)
 
 
 def _functions(prefix: str) -> SimpleNamespace:
-    return SimpleNamespace(**{name: getattr(module, prefix + name) for name in OPS for module in MODULES if hasattr(module, prefix + name)})
+    """The functions behind the ops, with the signatures of `fastercache.ops`: those take `out` last, and make it where it is not given."""
+    found = {name: getattr(module, prefix + name) for name in OPS for module in MODULES if hasattr(module, prefix + name)}
+
+    def ring_blend(ring, row):
+        out = torch.empty(ring.shape[1:], dtype=ring.dtype)
+        found["ring_blend"](out, ring, row)
+        return out
+
+    def packed_blend(ring, row, out, bits):
+        found["packed_blend"](out, ring, row, bits)
+        return out
+
+    def cfg_guide(cond, low, high, row, scale):
+        out = torch.empty(cond.shape, dtype=cond.dtype)
+        found["cfg_guide"](out, cond, low, high, row, scale)
+        return out
+
+    return SimpleNamespace(**(found | {"ring_blend": ring_blend, "packed_blend": packed_blend, "cfg_guide": cfg_guide}))
 
 
 # "dispatched" is what users call: the C++ library where it is built.

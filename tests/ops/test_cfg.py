@@ -120,6 +120,23 @@ def test_reconstruct(ops, shape, dtype, layout, in_place, cond_half, seed):
     assert_close(halves[1 - cond_half], sum(terms), sum(term.abs() for term in terms))
 
 
+@each_implementation
+@few
+@given(shape=shapes, dtype=dtypes, layout=layouts, scale=st.floats(0, 12, width=32), seed=seeds)
+def test_guide_is_guidance_of_the_rebuilt_branch(ops, shape, dtype, layout, scale, seed):
+    rng = generator(seed)
+    cond = randn(shape, dtype, rng, layout)
+    low, high = (randn(shape, map_dtype(dtype), rng) for _ in range(2))
+    row = make_row(low=1.2, high=0.7)
+    out = ops.cfg_guide(cond, low, high, row, torch.tensor([scale]))
+    assert out.dtype == dtype and out.shape == cond.shape and out.is_contiguous()
+    exact = cond.double()
+    terms = [row[9].double() * low.double(), row[10].double() * high.double()]
+    uncond = exact + sum(terms)
+    magnitude = exact.abs() + (1 + scale) * sum(term.abs() for term in terms)
+    assert_close(out, uncond + scale * (exact - uncond), magnitude)
+
+
 @pytest.mark.parametrize("n,radius", [(1, 0), (2, 0), (7, 3), (60, 12), (90, 12), (128, 63)])
 def test_basis_is_orthonormal(n, radius):
     basis = fourier_basis(n, radius, torch.float64, torch.device("cpu"))

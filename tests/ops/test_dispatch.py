@@ -21,25 +21,43 @@ def arguments(name, dtype=torch.float32):
     x, gate = randn([2, 5, 6], dtype, rng, "permuted"), randn([2, 1, 6], dtype, rng)
     cond, low, high = randn([2, 5, 6], dtype, rng), *(randn([2, 5, 6], ops.map_dtype(dtype), rng) for _ in range(2))
     row = make_row([1.5, -0.5], [2, 1], push=1, low=1.0, high=1.2)
+    packed = torch.zeros(2, 5, ops.PackedRow(6, 8).bytes, dtype=torch.uint8)
+    scale = torch.tensor([7.5])
     return {
         "ring_push": {"ring": ring, "x": x, "row": row},
-        "ring_blend": {"ring": ring, "row": row},
+        "ring_blend": {"ring": ring, "row": row, "out": x.contiguous()},
         "ring_blend_add": {"x": x.contiguous(), "gate": gate, "ring": ring, "row": row},
+        "packed_push": {"ring": packed, "x": x, "bits": 8},
+        "packed_blend": {"ring": packed, "row": row, "out": x.contiguous(), "bits": 8},
+        "packed_blend_add": {"x": x.contiguous(), "gate": gate, "ring": packed, "row": row, "bits": 8},
         "cfg_split": {"low": low, "high": high, "uncond": x, "cond": cond, "radius": 1},
         "cfg_reconstruct": {"out": randn([4, 5, 6], dtype, rng), "cond": x, "low": low, "high": high, "row": row, "cond_half": 1},
+        "cfg_guide": {"cond": x, "low": low, "high": high, "row": row, "scale": scale, "out": x.contiguous()},
     }[name]
 
 
+def in_schema_order(name, given):
+    """Positional arguments of the dispatcher's op."""
+    op = getattr(torch.ops.fastercache, name).default
+    return tuple(given[argument.name] for argument in op._schema.arguments)
+
+
+needs_packed = pytest.mark.skipif(ops.packed_missing(torch.device("cpu")) is not None, reason="packed rings need the C++ library")
+EACH_OP = [pytest.param(name, marks=needs_packed if name.startswith("packed") else ()) for name in OPS]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", EACH_OP)
 def test_opcheck(name, dtype):
-    torch.library.opcheck(getattr(torch.ops.fastercache, name).default, tuple(arguments(name, dtype).values()))
+    torch.library.opcheck(getattr(torch.ops.fastercache, name).default, in_schema_order(name, arguments(name, dtype)))
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", EACH_OP)
 def test_fake_tensors(name):
     """An op on meta tensors, the whole function with its checks, gives the shape and dtype and touches no memory."""
     real = arguments(name, torch.bfloat16)
+    if name in ("ring_blend", "cfg_guide"):
+        del real["out"]  # then the op makes it
     out = getattr(ops, name)(**{key: value.to("meta") if isinstance(value, torch.Tensor) else value for key, value in real.items()})
     expected = getattr(ops, name)(**real)
     if expected is None:
@@ -99,6 +117,18 @@ ERRORS = [
     ("ring_push", {"row": make_row(push=-1)}, (RuntimeError, IndexError), "slot -1|out of bounds"),
     ("ring_blend", {"row": make_row([1.0], [7])}, (RuntimeError, IndexError), "slot 7|out of (range|bounds)"),
     ("ring_blend", {"row": torch.zeros(17)}, ValueError, r"row has shape \[17\]"),
+    ("ring_blend", {"out": torch.zeros(2, 6, 5)}, ValueError, r"out has shape \[2, 6, 5\], expected \[2, 5, 6\]"),
+    ("ring_blend", {"out": torch.zeros(2, 6, 5).mT}, ValueError, "out has strides"),
+    ("packed_push", {"bits": 2}, ValueError, "bits is 2, expected one of 0, 4, 8"),
+    ("packed_push", {"x": torch.zeros(2, 5, 6, dtype=torch.float64)}, TypeError, "x has dtype torch.float64, expected one of"),
+    ("packed_push", {"x": torch.zeros(())}, ValueError, r"x has shape \[\], expected \[..., channels\]"),
+    ("packed_push", {"x": torch.zeros(2, 4, 6)}, ValueError, r"ring has shape \[2, 5, 48\], expected \[2, 4, 48\]"),
+    ("packed_push", {"ring": torch.zeros(2, 5, 48)}, TypeError, "ring has dtype torch.float32, expected torch.uint8"),
+    ("packed_push", {"ring": torch.zeros(2, 5, 96, dtype=torch.uint8)[..., ::2]}, ValueError, "ring has strides"),
+    ("packed_blend", {"row": make_row([1.0, 2.0, 3.0], [0, 1, 2])}, RuntimeError, "the row uses 3 taps, a packed ring holds 2"),
+    ("packed_blend", {"out": torch.zeros(2, 6, 5).mT}, ValueError, "out has strides|ring has shape"),
+    ("packed_blend_add", {"gate": torch.zeros(3, 1, 6)}, ValueError, r"gate has shape \[3, 1, 6\]"),
+    ("packed_blend_add", {"x": torch.zeros(1, 5, 6).expand(2, 5, 6)}, ValueError, "expected no broadcast dimension"),
     ("ring_blend_add", {"x": torch.zeros(2, 6, 5).transpose(1, 2)}, ValueError, "expected 1 in the last dimension"),
     ("ring_blend_add", {"x": torch.zeros(1, 5, 6).expand(2, 5, 6)}, ValueError, "expected no broadcast dimension"),
     ("ring_blend_add", {"gate": torch.zeros(2, 1, 6, dtype=torch.bfloat16)}, TypeError, "gate has dtype torch.bfloat16"),
@@ -120,11 +150,17 @@ ERRORS = [
     ("cfg_reconstruct", {"low": torch.zeros(4, 5, 6)}, ValueError, r"low has shape \[4, 5, 6\]"),
     ("cfg_reconstruct", {"row": torch.zeros(2, 8)}, ValueError, r"row has shape \[2, 8\]"),
     ("cfg_reconstruct", {"cond_half": 2}, ValueError, "cond_half is 2"),
+    ("cfg_guide", {"scale": torch.tensor(7.5)}, ValueError, r"scale has shape \[\], expected \[1\]"),
+    ("cfg_guide", {"scale": torch.ones(1, dtype=torch.float64)}, TypeError, "scale has dtype torch.float64"),
+    ("cfg_guide", {"low": torch.zeros(4, 5, 6)}, ValueError, r"low has shape \[4, 5, 6\]"),
+    ("cfg_guide", {"out": torch.zeros(2, 6, 5).mT}, ValueError, "out has strides"),
 ]
 
 
 @pytest.mark.parametrize("name,wrong,error,message", ERRORS)
 def test_errors_name_the_bad_value(name, wrong, error, message):
+    if error is RuntimeError and name.startswith("packed") and ops.packed_missing(torch.device("cpu")):
+        pytest.skip("packed rings need the C++ library")
     with pytest.raises(error, match=message):
         getattr(ops, name)(**(arguments(name) | wrong))
 
@@ -188,5 +224,6 @@ def test_a_library_that_does_not_load_is_reported(tmp_path):
 
 def test_implementations_name_every_op():
     assert set(ops.implementations()) == set(OPS)
-    for chosen in ops.implementations().values():
-        assert chosen["cpu"] in ("C++", "PyTorch") and chosen["cuda"] in ("Triton", "PyTorch")
+    for name, chosen in ops.implementations().items():
+        stand_in = "none" if name.startswith("packed") else "PyTorch"
+        assert chosen["cpu"] in ("C++", stand_in) and chosen["cuda"] in ("CUDA C++", "Triton", stand_in)

@@ -1,0 +1,158 @@
+// The packed formats on the CPU: push quantizes one row of channels in place, blend and blend-add read it back. No torch.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "../packed_layout.h"
+#include "dtypes.h"
+
+namespace fastercache {
+
+FASTERCACHE_HOST_DEVICE constexpr int largest_code(int bits) { return bits == 4 ? 7 : 127; }
+
+// Magnitude of the largest value. Compared as bits, so that a NaN, whose bits exceed infinity's, is found and not skipped.
+template <int COUNT>
+FASTERCACHE_INLINE FASTERCACHE_HOST_DEVICE float largest_magnitude(const float* values) {
+  uint32_t largest = 0;
+  for (int i = 0; i < COUNT; ++i) {
+    const uint32_t magnitude = float_bits(values[i]) & 0x7FFFFFFFu;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return bits_float(largest);
+}
+
+struct Quantizer {
+  float scale;    // value of one code; NaN or infinite where the block holds such a value, which then poisons the whole block
+  float inverse;  // codes a unit; 0 where the block is not finite, or so small that the inverse would not be
+};
+
+FASTERCACHE_INLINE FASTERCACHE_HOST_DEVICE Quantizer quantizer(float largest, int code) {
+  const bool usable = largest > 1e-30f && largest <= 3.402823466e+38f;
+  return {largest / float(code), usable ? float(code) / largest : 0.0f};
+}
+
+// To the nearest code, ties to even: adding 1.5 * 2^23 leaves no bit for a fraction, and works without a change of rounding mode.
+FASTERCACHE_INLINE FASTERCACHE_HOST_DEVICE int32_t quantize(float value, float inverse) {
+  constexpr float INTEGERS = 12582912.0f;
+  const float scaled = inverse > 0 ? value * inverse : 0.0f;
+  return int32_t(float_bits(scaled + INTEGERS)) - int32_t(float_bits(INTEGERS));
+}
+
+// Reads `count` channels from `in` and replaces the row's newest output by them, and its difference by theirs to the newest before.
+template <int BITS, class T>
+FASTERCACHE_INLINE void push_packed_row(uint8_t* packed, const T* in, int64_t step, int64_t channels) {
+  const PackedRow row{channels, BITS};
+  auto* newest = reinterpret_cast<int8_t*>(packed);
+  uint8_t* difference = packed + row.difference();
+  auto* newest_scales = reinterpret_cast<float*>(packed + row.newest_scales());
+  auto* difference_scales = reinterpret_cast<float*>(packed + row.difference_scales());
+  for (int64_t block = 0, begin = 0; begin < channels; ++block, begin += PACKED_BLOCK) {
+    const int count = int(std::min<int64_t>(PACKED_BLOCK, channels - begin));
+    alignas(64) float values[PACKED_BLOCK] = {};
+    alignas(64) float changes[PACKED_BLOCK] = {};
+    alignas(64) int8_t codes[PACKED_BLOCK];
+    if (step == 1) {
+      for (int i = 0; i < count; ++i) values[i] = float(load(in[begin + i]));
+    } else {
+      for (int i = 0; i < count; ++i) values[i] = float(load(in[(begin + i) * step]));
+    }
+    if (BITS) {
+      const float scale = newest_scales[block];
+      for (int i = 0; i < count; ++i) changes[i] = values[i] - scale * float(newest[begin + i]);
+      const Quantizer q = quantizer(largest_magnitude<PACKED_BLOCK>(changes), largest_code(BITS));
+      for (int i = 0; i < PACKED_BLOCK; ++i) codes[i] = int8_t(quantize(changes[i], q.inverse));
+      difference_scales[block] = q.scale;
+      if (BITS == 8) {
+        std::memcpy(difference + begin, codes, size_t(count));
+      } else {
+        for (int i = 0; i < (count + 1) / 2; ++i)
+          difference[begin / 2 + i] = uint8_t((codes[2 * i] & 0xF) | (codes[2 * i + 1] << 4));
+      }
+    }
+    const Quantizer q = quantizer(largest_magnitude<PACKED_BLOCK>(values), largest_code(8));
+    for (int i = 0; i < PACKED_BLOCK; ++i) codes[i] = int8_t(quantize(values[i], q.inverse));
+    newest_scales[block] = q.scale;
+    std::memcpy(newest + begin, codes, size_t(count));
+  }
+}
+
+// What a blend reads from its row: with the difference D of the taps A and B, c_0 A + c_1 B = (c_0 + c_1) A - c_1 D.
+struct PackedTaps {
+  bool both = false;                 // whether D is read at all: after a single push it says nothing
+  float newest = 0, difference = 0;  // factors of A and D
+};
+
+// Gives `write(begin, count, values)` the blend of each block of a row, in float32.
+template <int BITS, class W>
+FASTERCACHE_INLINE void blend_packed_row(const uint8_t* packed, int64_t channels, PackedTaps taps, W&& write) {
+  const PackedRow row{channels, BITS};
+  const auto* newest = reinterpret_cast<const int8_t*>(packed);
+  const uint8_t* difference = packed + row.difference();
+  const auto* newest_scales = reinterpret_cast<const float*>(packed + row.newest_scales());
+  const auto* difference_scales = reinterpret_cast<const float*>(packed + row.difference_scales());
+  for (int64_t block = 0, begin = 0; begin < channels; ++block, begin += PACKED_BLOCK) {
+    const int count = int(std::min<int64_t>(PACKED_BLOCK, channels - begin));
+    alignas(64) float values[PACKED_BLOCK];
+    const float a = taps.newest * newest_scales[block];
+    for (int i = 0; i < count; ++i) values[i] = a * float(newest[begin + i]);
+    if (BITS && taps.both) {
+      const float d = taps.difference * difference_scales[block];
+      if (BITS == 8) {
+        const auto* codes = reinterpret_cast<const int8_t*>(difference) + begin;
+        for (int i = 0; i < count; ++i) values[i] += d * float(codes[i]);
+      } else {
+        const uint8_t* codes = difference + begin / 2;
+        for (int i = 0; i < count; ++i) {
+          const int code = (codes[i / 2] >> (4 * (i & 1))) & 0xF;
+          values[i] += d * float((code ^ 8) - 8);  // 4 bits, sign extended
+        }
+      }
+    }
+    write(begin, count, values);
+  }
+}
+
+template <class T>
+FASTERCACHE_CPU_CLONES void push_packed(uint8_t* packed, const T* in, int64_t step, int64_t channels, int bits) {
+  switch (bits) {
+    case 0: return push_packed_row<0>(packed, in, step, channels);
+    case 4: return push_packed_row<4>(packed, in, step, channels);
+    default: return push_packed_row<8>(packed, in, step, channels);
+  }
+}
+
+// out[i] = blend[i]
+template <class T>
+FASTERCACHE_CPU_CLONES void blend_packed(T* out, const uint8_t* packed, int64_t channels, int bits, PackedTaps taps) {
+  const auto write = [=](int64_t begin, int count, const float* values) FASTERCACHE_INLINE_LAMBDA {
+    for (int i = 0; i < count; ++i) store(out + begin + i, values[i]);
+  };
+  switch (bits) {
+    case 0: return blend_packed_row<0>(packed, channels, taps, write);
+    case 4: return blend_packed_row<4>(packed, channels, taps, write);
+    default: return blend_packed_row<8>(packed, channels, taps, write);
+  }
+}
+
+// x[i] += gate[i * gate_step] * blend[i], rounded once
+template <class T, class G>
+FASTERCACHE_CPU_CLONES void blend_add_packed(
+    T* x, const G* gate, int64_t gate_step, const uint8_t* packed, int64_t channels, int bits, PackedTaps taps) {
+  const auto write = [=](int64_t begin, int count, const float* values) FASTERCACHE_INLINE_LAMBDA {
+    if (gate_step == 1) {
+      for (int i = 0; i < count; ++i) store(x + begin + i, float(load(x[begin + i])) + float(load(gate[begin + i])) * values[i]);
+    } else {
+      for (int i = 0; i < count; ++i)
+        store(x + begin + i, float(load(x[begin + i])) + float(load(gate[(begin + i) * gate_step])) * values[i]);
+    }
+  };
+  switch (bits) {
+    case 0: return blend_packed_row<0>(packed, channels, taps, write);
+    case 4: return blend_packed_row<4>(packed, channels, taps, write);
+    default: return blend_packed_row<8>(packed, channels, taps, write);
+  }
+}
+
+}  // namespace fastercache

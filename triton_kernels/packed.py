@@ -1,0 +1,277 @@
+"""Packed rings: a site's two taps in 8 or 12 bits an element, where two bfloat16 slots take 32.
+
+A packed ring is one uint8 tensor `[*shape[:-1], row bytes]`. For each row of channels it holds the newest output `A` as int8 codes, the
+difference `D = A - B` to the output before it as int8 or int4 codes, and a float32 scale for every 128 codes of either. A difference of
+neighbouring steps is small, so its codes are spent where they matter. A push (C++ and CUDA, `csrc/`) works in place and needs no slot:
+
+    D = quantize(x - dequantize(A)),   then   A = quantize(x)
+
+and a blend of two taps reads each code once, because `c_0 A + c_1 B = (c_0 + c_1) A - c_1 D`:
+
+    blend = (c_0 + c_1) scale_A code_A - c_1 scale_D code_D
+
+The kernels give a program some rows of one block of 128 channels: a block has one scale of each kind, and codes that lie side by side.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from ._triton import COEFFICIENT, TAPS, collapse, on_device_of, strided_offset, tl, triton, widen
+from .row import Row
+
+BLOCK = 128
+"""Channels that share a scale."""
+ALIGNMENT = 16
+"""Bytes: every part of a row begins where the widest load may."""
+BITS = (0, 4, 8)
+"""Of a difference's codes; 0 keeps no difference, which one tap needs none of."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+ROWS = 16  # a program's: 2,048 elements, 16 for each of 128 threads, one 128-bit load of codes
+
+
+def _aligned(size: int) -> int:
+    return math.ceil(size / ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """Where the parts of a row lie, in bytes from its start; `csrc/packed_layout.h` is the same for C++ and CUDA.
+
+    channels: elements of the row. bits: of a difference's codes, 0, 4 or 8. With 4, channels 2i and 2i + 1 are the low and the high half of
+    byte i.
+    """
+
+    channels: int
+    bits: int
+
+    def __post_init__(self) -> None:
+        if self.channels < 1:
+            raise ValueError(f"channels is {self.channels}, expected at least 1")
+        if self.bits not in BITS:
+            raise ValueError(f"bits is {self.bits!r}, expected one of {', '.join(map(str, BITS))}")
+
+    @property
+    def blocks(self) -> int:
+        return math.ceil(self.channels / BLOCK)
+
+    @property
+    def difference(self) -> int:
+        return _aligned(self.channels)
+
+    @property
+    def newest_scales(self) -> int:
+        return self.difference + _aligned(math.ceil(self.channels * self.bits / 8))
+
+    @property
+    def difference_scales(self) -> int:
+        return self.newest_scales + 4 * self.blocks
+
+    @property
+    def bytes(self) -> int:
+        return _aligned(self.difference_scales + (4 * self.blocks if self.bits else 0))
+
+
+def _blocks(x: torch.Tensor) -> torch.Tensor:
+    """`[..., channels]` as `[..., blocks, 128]`, the last block filled up with zeros."""
+    missing = -x.shape[-1] % BLOCK
+    return torch.nn.functional.pad(x, (0, missing)).unflatten(-1, (-1, BLOCK))
+
+
+def _quantize(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (int8, `[..., channels]`) and scales (`[..., blocks]`) of float32 values; a value that is not finite makes its scale so."""
+    largest_code = 7 if bits == 4 else 127
+    blocks = _blocks(x)
+    largest = blocks.abs().amax(-1)
+    usable = (largest > 1e-30) & largest.isfinite()
+    inverse = torch.where(usable, largest_code / largest, 0).unsqueeze(-1)
+    codes = torch.where(inverse > 0, blocks * inverse, 0).round().to(torch.int8)
+    return codes.flatten(-2)[..., : x.shape[-1]], largest / largest_code
+
+
+def _dequantize(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return (_blocks(codes.float()) * scales.unsqueeze(-1)).flatten(-2)[..., : codes.shape[-1]]
+
+
+def _scales(ring: torch.Tensor, begin: int, row: PackedRow) -> torch.Tensor:
+    return ring[..., begin : begin + 4 * row.blocks].contiguous().view(torch.float32)
+
+
+def _newest(ring: torch.Tensor, row: PackedRow) -> torch.Tensor:
+    return _dequantize(ring[..., : row.channels].contiguous().view(torch.int8), _scales(ring, row.newest_scales, row))
+
+
+def _difference(ring: torch.Tensor, row: PackedRow) -> torch.Tensor:
+    if row.bits == 8:
+        codes = ring[..., row.difference : row.difference + row.channels].contiguous().view(torch.int8)
+    else:
+        pairs = ring[..., row.difference : row.difference + (row.channels + 1) // 2]
+        codes = torch.stack((pairs & 0xF, pairs >> 4), -1).flatten(-2)[..., : row.channels].to(torch.int8)
+        codes = (codes ^ 8) - 8  # 4 bits, sign extended
+    return _dequantize(codes, _scales(ring, row.difference_scales, row))
+
+
+def reference_packed_push(ring: torch.Tensor, x: torch.Tensor, bits: int) -> None:
+    """The op in plain PyTorch."""
+    row, value = PackedRow(x.shape[-1], bits), x.float()
+    parts = []
+    if bits:
+        codes, scales = _quantize(value - _newest(ring, row), bits)
+        if bits == 4:
+            even, odd = torch.nn.functional.pad(codes, (0, row.channels % 2)).unflatten(-1, (-1, 2)).unbind(-1)
+            codes = (even & 0xF) | (odd << 4)
+        parts += [(row.difference, codes), (row.difference_scales, scales)]
+    codes, scales = _quantize(value, 8)
+    for begin, part in (*parts, (0, codes), (row.newest_scales, scales)):
+        stored = part.contiguous().view(torch.uint8)
+        ring[..., begin : begin + stored.shape[-1]] = stored
+
+
+def _reference_sum(ring: torch.Tensor, coefficients: torch.Tensor, channels: int, bits: int) -> torch.Tensor:
+    row = PackedRow(channels, bits)
+    first = torch.where(coefficients[Row.TAPS] > 0, coefficients[Row.COEFFICIENT], 0)
+    second = torch.where(coefficients[Row.TAPS] > 1, coefficients[Row.COEFFICIENT + 1], 0)
+    total = (first + second) * _newest(ring, row)
+    if bits:
+        total = total - torch.where(coefficients[Row.TAPS] > 1, second * _difference(ring, row), 0)
+    return total
+
+
+def reference_packed_blend(out: torch.Tensor, ring: torch.Tensor, row: torch.Tensor, bits: int) -> None:
+    """The op in plain PyTorch."""
+    out.copy_(_reference_sum(ring, row, out.shape[-1], bits))
+
+
+def reference_packed_blend_add(x: torch.Tensor, gate: torch.Tensor, ring: torch.Tensor, row: torch.Tensor, bits: int) -> None:
+    """The op in plain PyTorch."""
+    x.copy_(x.float() + gate.float() * _reference_sum(ring, row, x.shape[-1], bits))
+
+
+@triton.jit
+def packed_sum(
+    ring, row, line, lines, channels, line_bytes, difference, newest_scales, difference_scales, BITS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The blend of rows `line` (`[ROWS, 1]`) in the program's block of channels, `[ROWS, BLOCK]`; 0 outside."""
+    block = tl.program_id(1)
+    start = ring + line * line_bytes
+    taps = tl.load(row + TAPS)
+    first = tl.where(taps > 0, tl.load(row + COEFFICIENT), 0.0)
+    second = tl.where(taps > 1, tl.load(row + COEFFICIENT + 1), 0.0)
+
+    channel = block * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside_line = line < lines
+    codes = tl.load(start + channel, mask=inside_line & (channel < channels), other=0).to(tl.int8, bitcast=True)
+    scale = tl.load((start + newest_scales).to(tl.pointer_type(tl.float32)) + block, mask=inside_line, other=0.0)
+    total = ((first + second) * scale) * codes.to(tl.float32)
+    if BITS > 0:
+        wanted = line < tl.where(taps > 1, lines, 0)  # nowhere, for a lone tap: the difference may say nothing yet
+        scale = tl.load((start + difference_scales).to(tl.pointer_type(tl.float32)) + block, mask=wanted, other=0.0)
+        if BITS == 8:
+            codes = tl.load(start + difference + channel, mask=wanted & (channel < channels), other=0).to(tl.int8, bitcast=True)
+        else:
+            pair = block * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
+            pairs = tl.load(start + difference + pair, mask=wanted & (2 * pair < channels), other=0)
+            low, high = (pairs & 0xF).to(tl.int32), (pairs >> 4).to(tl.int32)
+            codes = tl.interleave((low ^ 8) - 8, (high ^ 8) - 8)  # 4 bits, sign extended
+        total -= (second * scale) * codes.to(tl.float32)
+    return total
+
+
+@triton.jit
+def packed_blend_kernel(
+    out,
+    ring,
+    row,
+    lines,
+    channels,
+    line_bytes,
+    difference,
+    newest_scales,
+    difference_scales,
+    BITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    line = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    total = packed_sum(ring, row, line, lines, channels, line_bytes, difference, newest_scales, difference_scales, BITS, BLOCK)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    tl.store(out + line * channels + channel, total.to(out.dtype.element_ty), mask=(line < lines) & (channel < channels))
+
+
+@triton.jit
+def packed_blend_add_kernel(
+    x,
+    gate,
+    ring,
+    row,
+    lines,
+    channels,
+    line_bytes,
+    difference,
+    newest_scales,
+    difference_scales,
+    sizes,
+    x_strides,
+    gate_strides,
+    gate_step,
+    BITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    line = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    total = packed_sum(ring, row, line, lines, channels, line_bytes, difference, newest_scales, difference_scales, BITS, BLOCK)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = (line < lines) & (channel < channels)
+    pointers = x + strided_offset(line, sizes, x_strides) + channel
+    factor = tl.load(gate + strided_offset(line, sizes, gate_strides) + channel * gate_step, mask=inside)
+    value = widen(tl.load(pointers, mask=inside)) + widen(factor) * total
+    tl.store(pointers, value.to(x.dtype.element_ty), mask=inside)
+
+
+def _launch_shape(tensor: torch.Tensor, bits: int) -> tuple[PackedRow, int, tuple[int, int]]:
+    row = PackedRow(tensor.shape[-1], bits)
+    lines = tensor.numel() // row.channels
+    return row, lines, (triton.cdiv(lines, ROWS), row.blocks)
+
+
+def triton_packed_blend(out: torch.Tensor, ring: torch.Tensor, row: torch.Tensor, bits: int) -> None:
+    """Launches the kernel; arguments as in `fastercache.ops.packed_blend`, taken as valid."""
+    if out.numel() == 0:
+        return
+    layout, lines, grid = _launch_shape(out, bits)
+    with on_device_of(out):
+        packed_blend_kernel[grid](
+            out, ring, row, lines, layout.channels, layout.bytes, layout.difference, layout.newest_scales, layout.difference_scales,
+            BITS=bits, ROWS=ROWS, BLOCK=BLOCK,
+        )  # fmt: skip
+
+
+def triton_packed_blend_add(x: torch.Tensor, gate: torch.Tensor, ring: torch.Tensor, row: torch.Tensor, bits: int) -> None:
+    """Launches the kernel; arguments as in `fastercache.ops.packed_blend_add`, taken as valid."""
+    if x.numel() == 0:
+        return
+    layout, lines, grid = _launch_shape(x, bits)
+    gate = gate.expand(x.shape)
+    sizes, x_strides, gate_strides = collapse(x.shape[:-1], x.stride()[:-1], gate.stride()[:-1])
+    with on_device_of(x):
+        packed_blend_add_kernel[grid](
+            x, gate, ring, row, lines, layout.channels, layout.bytes, layout.difference, layout.newest_scales, layout.difference_scales,
+            sizes, x_strides, gate_strides, gate.stride(-1), BITS=bits, ROWS=ROWS, BLOCK=BLOCK,
+        )  # fmt: skip
+
+
+def push_bytes_moved(lines: int, channels: int, bits: int, itemsize: int) -> int:
+    """Bytes a push must move: `x` is read, the row's newest codes and scales too (for the difference), and the whole row is written."""
+    row = PackedRow(channels, bits)
+    read = channels + 4 * row.blocks if bits else 0
+    return lines * (channels * itemsize + read + row.bytes)
+
+
+def blend_bytes_moved(lines: int, channels: int, bits: int, itemsize: int, gate_bytes: int | None = None) -> int:
+    """Bytes a blend must move: the row is read, the result written. With `gate_bytes`, blend_add's: the gate and `x` are read as well."""
+    moved = lines * (PackedRow(channels, bits).bytes + channels * itemsize)
+    return moved if gate_bytes is None else moved + lines * channels * itemsize + gate_bytes
