@@ -27,6 +27,7 @@ import torch
 import fastercache
 from bench import report
 from fastercache import environment, metrics, ops, shapes, triton_kernels
+from fastercache.memory import CacheFormat
 from fastercache.policies import Policy
 from fastercache.shapes.world import SCENES
 
@@ -56,20 +57,24 @@ def held_out(pairs: int) -> list[Pair]:
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to make clips. schedule: JSON text, or `None` for the untouched pipeline. guided: `False` sets the guidance scale to 1."""
+    """A way to make clips.
+
+    schedule: JSON text, or `None` for the untouched pipeline. guided: `False` sets the guidance scale to 1. cache_format: of the caches.
+    """
 
     name: str
     schedule: str | None = None
     guided: bool = True
+    cache_format: CacheFormat = "model"
 
 
 UNCACHED = Variant("uncached")
 UNGUIDED = Variant("unguided", guided=False)
 
 
-def cached(name: str, policy: Policy, steps: int) -> Variant:
+def cached(name: str, policy: Policy, steps: int, cache_format: CacheFormat = "model") -> Variant:
     """The variant that runs a policy's schedule of that many steps."""
-    return Variant(name, replace(policy(steps, True), name="bench").to_json())
+    return Variant(name, replace(policy(steps, True), name="bench").to_json(), cache_format=cache_format)
 
 
 @dataclass(frozen=True)
@@ -104,12 +109,12 @@ def call(pipe: Any, pair: Pair, steps: int, guidance_scale: float) -> np.ndarray
 
 
 @contextmanager
-def compiled(pipe: Any, schedule: str | None) -> Iterator[None]:
+def compiled(pipe: Any, schedule: str | None, cache_format: CacheFormat = "model") -> Iterator[None]:
     """The pipeline runs the schedule inside the block, and is the untouched one after it."""
     if schedule is None:
         yield
         return
-    fastercache.compile(pipe, fastercache.Schedule.from_json(schedule))
+    fastercache.compile(pipe, fastercache.Schedule.from_json(schedule), cache_format=cache_format)
     try:
         yield
     finally:
@@ -121,7 +126,7 @@ def generate(variant: Variant, steps: int, pairs: Sequence[Pair], with_facts: bo
     pipe = pipeline()
     scale = shapes.GUIDANCE_SCALE if variant.guided else 1.0
     frames, seconds, facts = [], [], {}
-    with compiled(pipe, variant.schedule):
+    with compiled(pipe, variant.schedule, variant.cache_format):
         for pair in pairs:
             start = time.perf_counter()
             clip = call(pipe, pair, steps, scale)
@@ -147,7 +152,12 @@ def identity(variant: Variant, steps: int) -> dict[str, Any]:
     facts: dict[str, Any] = {"pipeline": _pipeline_hash(), "steps": steps, "guidance_scale": scale, "call": dict(shapes.CALL)}
     facts["versions"] = {name: environment.version(name) for name in ("torch", "diffusers", "transformers")}
     if variant.schedule is not None:
-        facts |= {"schedule": json.loads(variant.schedule), "code": _code_hash(), "ops": ops.implementations()}
+        facts |= {
+            "schedule": json.loads(variant.schedule),
+            "cache_format": variant.cache_format,
+            "code": _code_hash(),
+            "ops": ops.implementations(),
+        }
     return facts
 
 
@@ -164,7 +174,7 @@ def _pipeline_hash() -> str:
 def _code_hash() -> str:
     """Hash of the code that runs a schedule, as syntax trees: a changed comment does not cost the clips made so far."""
     package = Path(fastercache.__file__).parent
-    names = ("engine", "memory", "ops", "patching", "pipelines", "plan", "schedule")
+    names = ("engine", "layout", "memory", "ops", "patching", "pipelines", "plan", "schedule")
     paths = [package / f"{name}.py" for name in names] + sorted((package / "families").glob("*.py"))
     digest = hashlib.sha256()
     for path in paths + sorted(Path(triton_kernels.__file__).parent.glob("*.py")):

@@ -1,8 +1,9 @@
 """FasterCache for video diffusion transformers: `fastercache.compile(pipe)`."""
 
 from fastercache import policies
-from fastercache.api import compile, disabled, restore, run, summary
+from fastercache.api import compile, disabled, release, restore, run, summary
 from fastercache.errors import (
+    CacheError,
     CompileError,
     FasterCacheError,
     FasterCacheWarning,
@@ -16,6 +17,7 @@ from fastercache.schedule import Schedule, Step
 __version__ = "0.1.0"
 
 __all__ = [
+    "CacheError",
     "CompileError",
     "FasterCacheError",
     "FasterCacheWarning",
@@ -28,6 +30,7 @@ __all__ = [
     "compile",
     "disabled",
     "policies",
+    "release",
     "restore",
     "run",
     "summary",

@@ -1,4 +1,4 @@
-"""The public functions: compile, run, disabled, restore, summary."""
+"""The public functions: compile, run, disabled, release, restore, summary."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from fastercache import pipelines, policies
 from fastercache.engine import Engine, RunSpec
 from fastercache.errors import CompileError, RunError, UnsupportedModelError
 from fastercache.families import BranchOrder, family_of
+from fastercache.memory import CacheBudget, CacheFormat
 from fastercache.policies import Policy
 from fastercache.report import Summary
 from fastercache.schedule import Schedule
@@ -27,6 +28,8 @@ def compile(
     *,
     steps: int | None = None,
     cfg: BranchOrder | None = None,
+    cache_format: CacheFormat | None = None,
+    max_cache_bytes: int | None = None,
 ) -> T:
     """Make a pipeline or a denoiser run a caching schedule; returns the same object.
 
@@ -35,22 +38,28 @@ def compile(
     steps, cfg: for a denoiser without a pipeline only: every `steps` calls are one run, whose batch is laid out as `cfg` says
         ("uncond-first", "cond-first", or "none" for no guidance). Without them the model runs uncached, and says so, until
         `fastercache.run` tells.
+    cache_format: how the cached outputs are stored: "model" (the model's dtype, lossless), "int8" (half of bfloat16's bytes) or "int8-int4"
+        (0.4 of them). None takes the best that fits `max_cache_bytes`: "model" where there is no limit.
+    max_cache_bytes: the most bytes the caches may take, on the denoiser's device. Known at a run's first step, when the shapes are; a run
+        whose caches would not fit raises `CacheError`, which says what would.
 
-    Errors leave the target as it was: `UnsupportedModelError`, `ScheduleError`, `CompileError` (compiled already, by this or by torch).
+    Errors leave the target as it was: `UnsupportedModelError`, `ScheduleError`, `CompileError` (compiled already, by this or by torch),
+    `CacheError`.
     """
+    budget = CacheBudget(cache_format, max_cache_bytes)
     rule = policies.resolve(schedule)
     if pipelines.is_pipeline(target):
         if steps is not None or cfg is not None:
             raise CompileError("a pipeline tells its own step count and guidance; leave out steps= and cfg=")
         component, model = pipelines.denoiser_of(target)
-        pipelines.attach(target, component, _install(model, rule, None))
+        pipelines.attach(target, component, _install(model, rule, None, budget))
         return target
     if not isinstance(target, nn.Module):
         raise UnsupportedModelError(f"cannot compile a {type(target).__name__}; pass a diffusers pipeline or a denoiser (nn.Module)")
     if (steps is None) != (cfg is None):
         raise CompileError(f"steps={steps!r} with cfg={cfg!r}: give both, or neither and enter fastercache.run(model, steps=..., cfg=...)")
     default = None if steps is None or cfg is None else _spec(steps, cfg)
-    _install(target, rule, default)
+    _install(target, rule, default, budget)
     return target
 
 
@@ -62,7 +71,7 @@ def _spec(steps: int, cfg: BranchOrder) -> RunSpec:
     return RunSpec(steps, cfg)
 
 
-def _install(model: nn.Module, schedule: Schedule | Policy, default: RunSpec | None) -> Engine:
+def _install(model: nn.Module, schedule: Schedule | Policy, default: RunSpec | None, budget: CacheBudget) -> Engine:
     if hasattr(model, "_orig_mod") or any(getattr(part, "_compiled_call_impl", None) is not None for part in model.modules()):
         raise CompileError(
             f"{type(getattr(model, '_orig_mod', model)).__name__} is compiled by torch already, and the schedule cannot reach inside its "
@@ -72,7 +81,7 @@ def _install(model: nn.Module, schedule: Schedule | Policy, default: RunSpec | N
         raise CompileError(f"this {type(model).__name__} is compiled by fastercache already; call fastercache.restore first")
     if getattr(model, "is_cache_enabled", False):
         raise CompileError(f"this {type(model).__name__} has a diffusers cache enabled; call model.disable_cache() first")
-    engine = Engine(model, family_of(model), schedule, default)
+    engine = Engine(model, family_of(model), schedule, default, budget)
     setattr(model, _ENGINE, engine)
     return engine
 
@@ -94,6 +103,12 @@ def restore(target: T) -> T:
     delattr(engine.model, _ENGINE)
     if pipelines.is_pipeline(target):
         pipelines.detach(target)
+    return target
+
+
+def release(target: T) -> T:
+    """Free the caches of a run that was left before its last step (a finished run has freed its own); returns the same object."""
+    _engine(target, release).release()
     return target
 
 

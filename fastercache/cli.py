@@ -44,6 +44,14 @@ class Device(str, Enum):
     cuda = "cuda"
 
 
+class Format(str, Enum):
+    """`fastercache.memory.CacheFormat`."""
+
+    model = "model"
+    int8 = "int8"
+    int8_int4 = "int8-int4"
+
+
 class Dtype(str, Enum):
     auto = "auto"
     float32 = "float32"
@@ -116,6 +124,10 @@ def sample(
     frames: Annotated[int | None, typer.Option(min=1, help="Length of the video.")] = None,
     device: Annotated[Device, typer.Option()] = Device.auto,
     dtype: Annotated[Dtype, typer.Option(help="auto: bfloat16 on a GPU, float32 on the CPU.")] = Dtype.auto,
+    cache_format: Annotated[
+        Format | None, typer.Option(help="How caches are stored; default: the best that fits --max-cache-gb, lossless without it.")
+    ] = None,
+    max_cache_gb: Annotated[float | None, typer.Option(min=0, help="Most gigabytes (1e9 bytes) the caches may take.")] = None,
     compare: Annotated[bool, typer.Option(help="Also sample uncached, and show both side by side.")] = False,
     download: Annotated[bool, typer.Option("--download", help="Let diffusers fetch what is not on this machine.")] = False,
 ) -> None:
@@ -132,7 +144,12 @@ def sample(
     call = inspect.signature(pipe.__call__).parameters
     arguments = _arguments(pipeline, call, height=height, width=width, frames=frames, guidance_scale=guidance)
     steps = _steps(plan, steps, shapes.STEPS if pipeline == "shapes" else call["num_inference_steps"].default)
-    fastercache.compile(pipe, plan)
+    fastercache.compile(
+        pipe,
+        plan,
+        cache_format=None if cache_format is None else cache_format.value,
+        max_cache_bytes=None if max_cache_gb is None else int(max_cache_gb * 1e9),
+    )
 
     if compare:
         warm_up = demonstration.warm_up_steps(plan, steps)

@@ -23,7 +23,7 @@ from torch import nn
 from fastercache import flops, ops
 from fastercache.errors import FasterCacheWarning, RunError, ScheduleError
 from fastercache.families import BranchOrder, Family, Site
-from fastercache.memory import Cache, branch_rows, plan_cache
+from fastercache.memory import Cache, CacheBudget, branch_rows, plan_cache
 from fastercache.patching import ForwardPatch
 from fastercache.plan import Plan, PlannedStep, group_of, make_plan
 from fastercache.policies import Policy
@@ -44,8 +44,8 @@ class RunSpec:
 class Engine:
     """The accelerated state of one model. Made by `fastercache.compile`; `detach` leaves the model as it was."""
 
-    def __init__(self, model: nn.Module, family: Family, schedule: Schedule | Policy, default: RunSpec | None):
-        self.model, self.family, self.schedule, self.default = model, family, schedule, default
+    def __init__(self, model: nn.Module, family: Family, schedule: Schedule | Policy, default: RunSpec | None, budget: CacheBudget):
+        self.model, self.family, self.schedule, self.default, self.budget = model, family, schedule, default, budget
         self.enabled = True
         self.last: Summary | None = None
         self._run: Run | None = None
@@ -64,6 +64,12 @@ class Engine:
         for patch in (self._model_patch, *self._site_patches):
             patch.remove()
         self._run = None
+
+    def release(self) -> None:
+        """Free the caches of a run that was left before its last step. Refused while a run is under way in a scope."""
+        if self._in_scope:
+            raise RunError("a run is under way, and needs its caches; release them after it has ended")
+        self._end("released before its last step")
 
     # ---- runs -----------------------------------------------------------------------------------------------------------------------
 
@@ -204,6 +210,7 @@ class Run:
         self._done: list[PlannedStep] = []
         self._failed: str | None = None
         self._used: set[str] = set()
+        self._notes: list[str] = []
 
     def __len__(self) -> int:
         return len(self.plan.steps) if self.plan is not None else 0
@@ -227,8 +234,12 @@ class Run:
             )
         plan = engine.plan_for(spec)
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else latents.dtype
-        self.planned = plan_cache(family, engine.model, engine.sites, plan, arguments, dtype)
-        self.cache = Cache(self.planned, spec.order, device)
+        self.planned, note = engine.budget.choose(partial(plan_cache, family, engine.model, engine.sites, plan, arguments, dtype), device)
+        if note:
+            self._notes.append(note)
+            logger.info(note)
+        self.cache: Cache | None = Cache(self.planned, spec.order, device)
+        self.cache_bytes = self.cache.bytes
         self.site_group = [group_of(plan.groups, site.kind, site.layer) for site in engine.sites]
         for group_index, group in enumerate(plan.groups):
             if group_index not in self.site_group:
@@ -278,6 +289,8 @@ class Run:
             self.current = None
         self._done.append(step)
         self.position += 1
+        if self.position == len(self.plan.steps):
+            self.cache = None  # what follows in a pipeline, the decoder above all, may need the memory
         return output
 
     def _full(self, original: Callable[..., Any], arguments: dict[str, Any], step: PlannedStep) -> Any:
@@ -285,7 +298,7 @@ class Run:
         if step.split:
             prediction = self.engine.family.prediction(output)
             uncond, cond = (prediction[branch_rows(self.batch, self.order, (branch,))] for branch in ("uncond", "cond"))
-            assert self.plan is not None
+            assert self.plan is not None and self.cache is not None
             radius = min(prediction.shape[-2:]) // self.plan.schedule.radius_divisor
             self._op(ops.cfg_split, self.cache.low, self.cache.high, uncond, cond, radius)
         return output
@@ -295,6 +308,7 @@ class Run:
         rows = branch_rows(self.batch, self.order, ("cond",))
         output = original(**family.narrow(arguments, self.batch, rows))
         cond = family.prediction(output)
+        assert self.cache is not None
         both = torch.empty((self.batch, *cond.shape[1:]), dtype=cond.dtype, device=cond.device)
         self._op(ops.cfg_reconstruct, both, cond, self.cache.low, self.cache.high, self.rows[-1], int(rows.start > 0))
         return family.with_prediction(output, both)
@@ -304,17 +318,17 @@ class Run:
         group = self.site_group[index]
         if group is None:
             return original(*args, **kwargs)
-        assert self.current is not None
+        assert self.current is not None and self.cache is not None
         planned, row = self.current.groups[group], self.rows[group]
         if planned.blend:
-            outputs = tuple(self._op(ops.ring_blend, ring, row) for ring in self.cache.rings(index, self.current.branches))
+            outputs = tuple(ring.blend(self._op, row) for ring in self.cache.rings(index, self.current.branches))
             return outputs if len(outputs) > 1 else outputs[0]
         output = original(*args, **kwargs)
         if planned.push:
             computed = output if isinstance(output, tuple) else (output,)
             for ring, tensor in zip(self.cache.rings(index, planned.push), computed, strict=True):
                 ran = self.order if len(self.current.branches) == 2 else "none"
-                self._op(ops.ring_push, ring, tensor[branch_rows(tensor.shape[0], ran, planned.push)], row)
+                ring.push(self._op, tensor[branch_rows(tensor.shape[0], ran, planned.push)], row)
         return output
 
     def _op(self, op: Callable[..., Any], *args: Any) -> Any:
@@ -326,6 +340,7 @@ class Run:
         engine, device = self.engine, self.rows.device
         implementations = {op: ops.implementations()[op][device.type] for op in sorted(self._used)}
         notes = [note] if note else []
+        notes += self._notes
         if self.position < len(self.plan.steps) and note is None:
             notes.append(f"stopped after {self.position} of {len(self.plan.steps)} steps")
         notes += ops.fallback_reasons()
@@ -334,6 +349,7 @@ class Run:
         return Summary(
             model=type(engine.model).__name__, family=engine.family.name, schedule=self.plan.schedule.name, guidance=self.order,
             steps=len(self.plan.steps), steps_done=self.position, sites=count_sites(self.plan, engine.sites, self._done),
-            cache_bytes_planned=self.planned.bytes, cache_bytes=self.cache.bytes, implementations=implementations, notes=notes,
+            cache_format=self.planned.format, cache_bytes_planned=self.planned.bytes, cache_bytes=self.cache_bytes,
+            implementations=implementations, notes=notes,
             chart=self.plan.schedule.chart() if self.plan.guidance else self.plan.schedule.chart().splitlines()[0], _count_flops=count,
         )  # fmt: skip

@@ -23,5 +23,9 @@ class RunError(FasterCacheError, RuntimeError):
     """A call that does not fit the run it belongs to: another shape, one step too many, a run inside a run."""
 
 
+class CacheError(FasterCacheError, ValueError):
+    """Caches that cannot be as they were asked for: over the limit, or in a format that cannot hold them."""
+
+
 class FasterCacheWarning(UserWarning):
     """Nothing is wrong with the video, but something is not as a user would expect: nothing was skipped, or nothing is gained."""

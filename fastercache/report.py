@@ -26,7 +26,8 @@ class SiteSteps:
 class Summary:
     """The last run of a compiled model. `print` it; `as_dict` gives the same as plain data.
 
-    steps, steps_done: planned and made calls of the denoiser. cache_bytes_planned, cache_bytes: before the run and as allocated.
+    steps, steps_done: planned and made calls of the denoiser. cache_format: "model", "int8" or "int8-int4" (`fastercache.memory`).
+    cache_bytes_planned, cache_bytes: before the run and as allocated.
     implementations: of each op that ran, such as `{"ring_blend": "C++"}`. notes: what fell back and why, and what went wrong.
     """
 
@@ -37,6 +38,7 @@ class Summary:
     steps: int
     steps_done: int = 0
     sites: tuple[SiteSteps, ...] = ()
+    cache_format: str = "model"
     cache_bytes_planned: int = 0
     cache_bytes: int = 0
     implementations: dict[str, str] = field(default_factory=dict)
@@ -67,7 +69,8 @@ class Summary:
         if self.sites:
             lines.append(f"{'branch':<8}{'sites':<14}{'computed':>9}{'blended':>9}{'not run':>9}   (steps)")
             lines += [f"{row.branch:<8}{row.kind:<14}{row.computed:>9}{row.blended:>9}{row.skipped:>9}" for row in self.sites]
-        lines.append(f"cache: {self.cache_bytes / 1e6:.1f} MB (planned {self.cache_bytes_planned / 1e6:.1f} MB)")
+        stored = "the model's dtype" if self.cache_format == "model" else self.cache_format
+        lines.append(f"cache: {self.cache_bytes / 1e6:.1f} MB in {stored} (planned {self.cache_bytes_planned / 1e6:.1f} MB)")
         if self.implementations:
             lines.append("ops: " + ", ".join(f"{op} in {how}" for op, how in self.implementations.items()))
         lines += [f"note: {note}" for note in self.notes]

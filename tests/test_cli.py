@@ -7,9 +7,10 @@ import sys
 
 import imageio.v3 as iio
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
-from fastercache import Schedule, demo, policies
+from fastercache import Schedule, demo, ops, policies
 from fastercache.cli import app
 
 PROMPT = "a red circle moving right"
@@ -137,6 +138,14 @@ def test_sample_compares_with_a_schedule_that_skips_nothing(tmp_path):
     assert result.exit_code == 0, result.output
     assert "identical" in result.stdout
     assert len(iio.imread(out, plugin="pyav")) == 8 * demo.LOOPS
+
+
+@pytest.mark.skipif(ops.packed_missing(torch.device("cpu")) is not None, reason="packed caches need the C++ library")
+def test_sample_with_a_small_cache(tmp_path):
+    common = ("sample", "shapes", "--prompt", PROMPT, "--steps", 8, "--out", tmp_path / "clip.mp4")
+    assert "MB in int8" in run(*common, "--max-cache-gb", 0.004).stdout
+    assert "MB in int8-int4" in run(*common, "--cache-format", "int8-int4").stdout
+    assert "no cache fits max_cache_bytes=1,000,000" in error_of(*common, "--max-cache-gb", 0.001)
 
 
 def test_sample_mistakes(tmp_path):
