@@ -211,6 +211,11 @@ def map_dtype(dtype: torch.dtype) -> torch.dtype:
     return _triton.compute_dtype(dtype)
 
 
+# The checks accept what is right in as few tensor attributes as they can, about 0.1 us each, and then look for what is wrong: a run calls
+# the ops some hundred times a step, and what they do may take less than 5 us.
+_ROW_SHAPE = torch.Size((ROW_SIZE,))
+
+
 def _check_dtype(name: str, tensor: torch.Tensor) -> None:
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name} has dtype {tensor.dtype}, expected one of {', '.join(str(dtype) for dtype in DTYPES)}")
@@ -231,6 +236,8 @@ def _check_contiguous(name: str, tensor: torch.Tensor) -> None:
 
 
 def _check_row(row: torch.Tensor, device: torch.device) -> None:
+    if row.shape == _ROW_SHAPE and row.dtype is torch.float32 and row.device == device and row.is_contiguous():
+        return
     if row.dim() != 1 or row.shape[0] != ROW_SIZE:
         raise ValueError(f"row has shape {list(row.shape)}, expected [{ROW_SIZE}]")
     if row.dtype != torch.float32:
@@ -244,6 +251,12 @@ def _check_ring(ring: torch.Tensor, row: torch.Tensor) -> None:
     _check_dtype("ring", ring)
     if ring.dim() < 1 or ring.shape[0] < 1:
         raise ValueError(f"ring has shape {list(ring.shape)}, expected [slots, ...] with at least one slot")
+    if not ring.is_contiguous():
+        _check_slots(ring)
+    _check_row(row, ring.device)
+
+
+def _check_slots(ring: torch.Tensor) -> None:
     elements = 1
     for size, stride in zip(reversed(ring.shape[1:]), reversed(ring.stride()[1:]), strict=True):
         if size != 1 and stride != elements:
@@ -251,7 +264,6 @@ def _check_ring(ring: torch.Tensor, row: torch.Tensor) -> None:
         elements *= max(size, 1)  # torch counts an empty dimension as 1 in strides
     if ring.shape[0] > 1 and ring.stride(0) < elements:
         raise ValueError(f"ring has slots of {elements} elements {ring.stride(0)} apart, expected slots that do not overlap")
-    _check_row(row, ring.device)
 
 
 def ring_push(ring: torch.Tensor, x: torch.Tensor, row: torch.Tensor) -> None:
@@ -505,17 +517,21 @@ def prepare_cfg_split(height: int, width: int, radius: int, dtype: torch.dtype, 
 
 
 def _check_gated(x: torch.Tensor, gate: torch.Tensor) -> None:
-    if x.dim() and x.shape[-1] > 1 and x.stride(-1) != 1:
-        raise ValueError(f"x has strides {list(x.stride())}, expected 1 in the last dimension")
-    if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
-        raise ValueError(f"x has strides {list(x.stride())} for shape {list(x.shape)}, expected no broadcast dimension")
-    if gate.dtype not in (x.dtype, torch.float32):
+    if not x.is_contiguous():
+        if x.shape[-1] > 1 and x.stride(-1) != 1:
+            raise ValueError(f"x has strides {list(x.stride())}, expected 1 in the last dimension")
+        if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
+            raise ValueError(f"x has strides {list(x.stride())} for shape {list(x.shape)}, expected no broadcast dimension")
+    if gate.dtype is not torch.float32 and gate.dtype is not x.dtype:
         raise TypeError(f"gate has dtype {gate.dtype}, expected {x.dtype} or torch.float32")
     if gate.device != x.device:
         raise ValueError(f"gate is on {gate.device}, expected {x.device}")
-    missing = x.dim() - gate.dim()
-    if missing < 0 or any(mine not in (1, size) for mine, size in zip(gate.shape, x.shape[missing:], strict=True)):
-        raise ValueError(f"gate has shape {list(gate.shape)}, expected one that broadcasts to x, {list(x.shape)}")
+    mine, sizes = gate.shape, x.shape
+    if mine == sizes:
+        return
+    missing = len(sizes) - len(mine)
+    if missing < 0 or any(size not in (1, whole) for size, whole in zip(mine, sizes[missing:], strict=True)):
+        raise ValueError(f"gate has shape {list(mine)}, expected one that broadcasts to x, {list(sizes)}")
 
 
 def _check_packed(ring: torch.Tensor, values: torch.Tensor, name: str, bits: int) -> None:
@@ -523,15 +539,17 @@ def _check_packed(ring: torch.Tensor, values: torch.Tensor, name: str, bits: int
         raise TypeError(f"{name} has dtype {values.dtype}, expected one of {', '.join(str(dtype) for dtype in PACKED_DTYPES)}")
     if values.dim() < 1 or values.shape[-1] < 1:
         raise ValueError(f"{name} has shape {list(values.shape)}, expected [..., channels] with at least one channel")
-    layout = PackedRow(values.shape[-1], bits)
-    _check_tensor("ring", ring, torch.Size((*values.shape[:-1], layout.bytes)), torch.uint8, values.device)
+    shape = torch.Size((*values.shape[:-1], PackedRow(values.shape[-1], bits).bytes))
+    _check_tensor("ring", ring, shape, torch.uint8, values.device)
     _check_contiguous("ring", ring)
 
 
 def _check_maps(low: torch.Tensor, high: torch.Tensor, like: torch.Tensor) -> None:
-    for name, tensor in (("low", low), ("high", high)):
-        _check_tensor(name, tensor, like.shape, map_dtype(like.dtype), like.device)
-        _check_contiguous(name, tensor)
+    shape, dtype, device = like.shape, map_dtype(like.dtype), like.device
+    _check_tensor("low", low, shape, dtype, device)
+    _check_contiguous("low", low)
+    _check_tensor("high", high, shape, dtype, device)
+    _check_contiguous("high", high)
     if low is high:
         raise ValueError("low and high are one tensor, expected two")
 

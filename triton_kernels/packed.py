@@ -15,7 +15,6 @@ The kernels give a program some rows of one block of 128 channels: a block has o
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +34,7 @@ ROWS = 16  # a program's: 2,048 elements, 16 for each of 128 threads, one 128-bi
 
 
 def _aligned(size: int) -> int:
-    return math.ceil(size / ALIGNMENT) * ALIGNMENT
+    return (size + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class PackedRow:
 
     @property
     def blocks(self) -> int:
-        return math.ceil(self.channels / BLOCK)
+        return (self.channels + BLOCK - 1) // BLOCK
 
     @property
     def difference(self) -> int:
@@ -65,7 +64,7 @@ class PackedRow:
 
     @property
     def newest_scales(self) -> int:
-        return self.difference + _aligned(math.ceil(self.channels * self.bits / 8))
+        return self.difference + _aligned((self.channels * self.bits + 7) // 8)
 
     @property
     def difference_scales(self) -> int:
@@ -73,7 +72,8 @@ class PackedRow:
 
     @property
     def bytes(self) -> int:
-        return _aligned(self.difference_scales + (4 * self.blocks if self.bits else 0))
+        scales = 4 * self.blocks * (2 if self.bits else 1)
+        return _aligned(self.newest_scales + scales)
 
 
 def _blocks(x: torch.Tensor) -> torch.Tensor:

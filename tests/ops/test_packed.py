@@ -85,7 +85,7 @@ def test_codes_are_the_nearest_ones(push, shape, bits, dtype, layout, seed):
     ):
         assert np.abs(codes).max() == largest
         blocks = np.pad(np.abs(target.numpy()), ((0, 0), (0, -shape[-1] % 128))).reshape(len(codes), -1, 128)
-        assert np.allclose(scales, blocks.max(-1) / largest, rtol=1e-6, atol=1e-30)
+        assert np.allclose(scales, blocks.max(-1) / largest, rtol=1e-6, atol=1e-7)
         steps = np.repeat(scales, 128, axis=-1)[:, : shape[-1]]
         error = np.abs(codes * steps - target.numpy())
         assert (error <= steps * (0.5 + 1e-4)).all()
@@ -100,8 +100,9 @@ def test_every_push_writes_what_the_reference_does(push, shape, bits, dtype, see
     for (codes, scales), (other_codes, other_scales) in zip(
         codes_and_scales(mine, shape[-1], bits), codes_and_scales(theirs, shape[-1], bits), strict=True
     ):
-        assert np.allclose(scales, other_scales, rtol=1e-6, atol=0)
-        assert np.abs(codes - other_codes).max() <= 1 and (codes != other_codes).mean() < 0.02  # ties may fall either way
+        assert np.allclose(scales, other_scales, rtol=1e-6, atol=1e-7)  # of a small difference, which a fused multiply-add rounds less
+        # A code halfway between two may fall either way; of values drawn at random hardly any is.
+        assert np.abs(codes - other_codes).max() <= 1 and (codes != other_codes).sum() <= 1 + 0.01 * codes.size
 
 
 @each_blend
