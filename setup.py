@@ -1,13 +1,16 @@
-"""Builds the two extensions; everything else about the package is in pyproject.toml.
+"""Builds the extensions; everything else about the package is in pyproject.toml.
 
-`fastercache/_ops*.so` holds the CPU ops (torch's stable ABI, loaded with torch.ops.load_library), `fastercache._layout` is a pybind11
-module. Neither is needed: what cannot be built is left out with a message, and the package runs on PyTorch alone.
+`fastercache/_ops*.so` holds the CPU ops and `fastercache/_ops_cuda*.so` the CUDA ones (torch's stable ABI, loaded with
+torch.ops.load_library), `fastercache._layout` is a pybind11 module. None is needed: what cannot be built is left out with a message, and
+the package runs on Triton and PyTorch.
 
 FASTERCACHE_BUILD=0 builds nothing; FASTERCACHE_BUILD=require turns anything that cannot be built into an error.
+FASTERCACHE_CUDA=1 compiles the CUDA ops for a torch without CUDA too, FASTERCACHE_CUDA=0 for none. CUDA_HOME says where nvcc is.
 """
 
 import glob
 import os
+import subprocess
 import sys
 
 from setuptools import Extension, find_packages, setup
@@ -15,12 +18,13 @@ from setuptools.command.build_ext import build_ext
 
 MODE = os.environ.get("FASTERCACHE_BUILD", "auto")
 TORCH_TARGET_VERSION = "0x020b000000000000"  # torch 2.11, the oldest supported
+ARCHITECTURES = ("80", "90", "100")  # A100, H100, B200; PTX of the last for what comes after
 FLAGS = ["/O2", "/std:c++20"] if sys.platform == "win32" else ["-O3", "-std=c++20", "-fvisibility=hidden", "-g0"]
 
 
 def missing(what: str, error: BaseException) -> None:
     """Says once what is left out and why, or stops the build where it is required."""
-    message = f"fastercache: {what} not built ({type(error).__name__}: {error}); the package works without, on PyTorch alone"
+    message = f"fastercache: {what} not built ({type(error).__name__}: {error}); the package works without, on Triton or PyTorch"
     if MODE == "require":
         raise SystemExit(f"{message}, but FASTERCACHE_BUILD=require")
     print(f"warning: {message}. FASTERCACHE_BUILD=0 skips the build.", file=sys.stderr)
@@ -39,6 +43,38 @@ def ops_extension() -> tuple[Extension, type[build_ext]]:
         optional=MODE != "require",
     )
     return extension, BuildExtension
+
+
+def cuda_extension() -> Extension | None:
+    """The CUDA ops; None where there is no CUDA to call them."""
+    import torch
+    from torch.utils import cpp_extension
+
+    wanted = os.environ.get("FASTERCACHE_CUDA", "1" if torch.version.cuda else "0")
+    if wanted == "0":
+        return None
+    # torch looks for CUDA_HOME only when it has CUDA itself.
+    home = cpp_extension.CUDA_HOME = cpp_extension.CUDA_HOME or os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    nvcc = os.path.join(home, "bin", "nvcc")
+    if not os.path.exists(nvcc):
+        raise FileNotFoundError(f"there is no {nvcc}; set CUDA_HOME to a CUDA toolkit")
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    targets = [a for a in ARCHITECTURES if f"compute_{a}" in known]  # CUDA before 12.8 does not know 100
+    generate = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in targets]
+    generate.append(f"-gencode=arch=compute_{targets[-1]},code=compute_{targets[-1]}")
+    # -fmad=false: a fused product and sum is not what the CPU computes, and would round some codes to a neighbour.
+    return cpp_extension.CppExtension(
+        "fastercache._ops_cuda",
+        ["csrc/bindings/cuda.cpp", *sorted(glob.glob("csrc/cuda/*.cu"))],
+        depends=sorted(glob.glob("csrc/*.h") + glob.glob("csrc/*/*.h")),
+        include_dirs=cpp_extension.include_paths("cuda"),
+        library_dirs=cpp_extension.library_paths("cuda"),
+        libraries=["cudart", *(["torch_cuda"] if torch.version.cuda else [])],
+        define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), ("TORCH_STABLE_ONLY", None), ("USE_CUDA", None)],
+        extra_compile_args={"cxx": FLAGS, "nvcc": ["-O3", "-std=c++20", "-lineinfo", "-fmad=false", *generate]},
+        py_limited_api=True,
+        optional=MODE != "require",
+    )
 
 
 def layout_extension() -> Extension:
@@ -65,6 +101,11 @@ def extensions() -> tuple[list[Extension], type[build_ext]]:
         found.append(extension)
     except Exception as error:
         missing("the C++ ops", error)
+    try:
+        extension = cuda_extension()
+        found += [extension] if extension else []
+    except Exception as error:
+        missing("the CUDA ops", error)
     try:
         found.append(layout_extension())
     except Exception as error:
