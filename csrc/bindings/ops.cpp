@@ -104,9 +104,10 @@ void ring_push(Tensor ring, Tensor x, Tensor row) {
     using T = typename decltype(type)::type;
     T* out = data<T>(ring) + slot * ring.stride(0);
     const T* in = const_data<T>(x);
+    const bool streaming = x.numel() * int64_t(sizeof(T)) >= STREAM_BYTES;
     torch::stable::parallel_for(0, x.numel(), kGrain, [&](int64_t begin, int64_t end) {
       source(begin, end, [&](int64_t position, const auto& offset, int64_t count) {
-        copy_run(out + position, in + offset[0], source.step()[0], count);
+        copy_run(out + position, in + offset[0], source.step()[0], count, streaming);
       });
     });
   };
@@ -125,8 +126,9 @@ void ring_blend(Tensor out, Tensor ring, Tensor row) {
     using T = typename decltype(type)::type;
     const Taps<T> taps = read_taps<T>(ring, row);
     T* to = data<T>(out);
+    const bool streaming = out.numel() * int64_t(sizeof(T)) >= STREAM_BYTES;
     torch::stable::parallel_for(0, out.numel(), kGrain, [&](int64_t begin, int64_t end) {
-      blend_run(to + begin, taps, begin, end - begin);
+      blend_run(to + begin, taps, begin, end - begin, streaming);
     });
   });
 }

@@ -145,3 +145,20 @@ def test_more_than_one_block_and_thread(ops, elements):
     x = randn([elements], torch.bfloat16, rng, "sliced")
     ops.ring_push(ring, x, make_row(push=3))
     assert torch.equal(ring[3], x)
+
+
+@pytest.mark.parametrize("missing", [0, 3])
+def test_large_outputs_are_stored_past_the_caches_and_are_the_same(missing):
+    """From 16 MiB on the C++ kernels use other stores, in runs that need not begin or end where a wide store may."""
+    elements = 2**23 + 70_000 - missing
+    ring = torch.randn(3, elements, generator=generator(0)).to(torch.bfloat16)
+    row, x = make_row(COEFFICIENTS[:2], [1, 0], push=2), ring[0] * 2
+    dispatched = IMPLEMENTATIONS[next(name for name in IMPLEMENTATIONS if name.startswith("dispatched"))]
+    out = dispatched.ring_blend(ring, row)
+    whole = torch.full((elements + 8,), torch.nan, dtype=torch.bfloat16)
+    unaligned = dispatched.ring_blend(ring, row, out=whole[5 : 5 + elements])
+    dispatched.ring_push(ring, x, row)
+    assert torch.equal(ring[2], x)
+    small = torch.cat([dispatched.ring_blend(part.contiguous(), row) for part in ring.split(2**20, dim=1)])
+    assert torch.equal(out, small) and torch.equal(unaligned, small)
+    assert whole[:5].isnan().all() and whole[5 + elements :].isnan().all()
