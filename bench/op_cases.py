@@ -1,0 +1,383 @@
+"""What is timed of each op, at which sizes and against which plain forms: the cases that `bench.gpu` and `bench.cpu_ops` share.
+
+A case makes sets of tensors, and has forms that all do the same to a set: `ours`, the best plain PyTorch (`eager ...`), and Inductor's code
+for the reference expression (`inductor`). The plain forms are given their slots and coefficients as they like them best: views made
+beforehand, Python numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from types import SimpleNamespace
+
+import torch
+
+from fastercache import ops
+from fastercache.triton_kernels import cfg_reconstruct, cfg_split, packed, ring_blend, ring_push
+
+Tensors = SimpleNamespace
+Form = Callable[[Tensors], object]
+
+SITES = {"CogVideoX-2B": (17776, 1920), "Open-Sora": (90630, 1152), "HunyuanVideo": (119056, 3072)}
+"""Tokens and channels of one branch's output of a site: 49 frames at 480 x 720, 57 latent frames at 480 x 848, 129 frames at 720 x 1280."""
+LATENTS = {"CogVideoX": (13, 16, 60, 90), "Latte": (16, 4, 64, 64), "Open-Sora": (57, 4, 60, 106)}
+"""Frames, channels, height and width of one branch's prediction."""
+FORMATS = {"int8": 8, "int8-int4": 4}
+W, LOW, HIGH, GUIDANCE = 0.4, 1.2, 1.0, 7.5
+"""w of Eq. 5, w1 and w2 of Eq. 9 and 10, and the guidance scale."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op at one size.
+
+    moved: bytes that one call must move, whatever the form.
+    buffers: makes a set; outputs are NaN.
+    forms: what is timed; each does to a set what the others do.
+    expected: the results of a call on a set, from the set before it.
+    results: the same, from the set after it.
+    tolerances: for each result, the largest error of `ours` as a share of the largest expected magnitude.
+    slack: how much larger the plain forms' may be, which round more often.
+    """
+
+    op: str
+    name: str
+    moved: int
+    buffers: Callable[[], Tensors]
+    forms: dict[str, Form]
+    expected: Callable[[Tensors], Sequence[torch.Tensor]]
+    results: Callable[[Tensors], Sequence[torch.Tensor]]
+    tolerances: Sequence[float]
+    slack: float = 4.0
+
+    def error(self, form: str) -> tuple[float, bool]:
+        """The largest error of a form as a share of the largest expected magnitude, and whether it is within tolerance."""
+        tensors = self.buffers()
+        expected = self.expected(tensors)
+        self.forms[form](tensors)
+        errors = [share_of_largest(*pair) for pair in zip(self.results(tensors), expected, strict=True)]
+        slack = 1.0 if form == "ours" else self.slack
+        return max(errors), all(error <= slack * limit for error, limit in zip(errors, self.tolerances, strict=True))
+
+
+def share_of_largest(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest error over largest expected magnitude; infinite where an element is NaN."""
+    if bool(actual.isnan().any()):
+        return math.inf
+    return float((actual.double() - expected.double()).abs().max() / expected.double().abs().max())
+
+
+def one_rounding(dtype: torch.dtype) -> float:
+    """The relative error of one rounding to `dtype`, and of the few operations in float32 before it."""
+    return torch.finfo(dtype).eps / 2 + 4 * torch.finfo(torch.float32).eps
+
+
+def make_row(device: str, coefficients: Sequence[float]) -> torch.Tensor:
+    """Taps from the newest in slot 1 to older ones in slot 0; a push writes slot 2."""
+    row = torch.zeros(ops.ROW_SIZE)
+    row[ops.Row.COEFFICIENT : ops.Row.COEFFICIENT + len(coefficients)] = torch.tensor(coefficients)
+    row[ops.Row.READ_SLOT], row[ops.Row.WRITE_SLOT], row[ops.Row.TAPS] = 1, 2, len(coefficients)
+    row[ops.Row.LOW], row[ops.Row.HIGH] = LOW, HIGH
+    return row.to(device)
+
+
+# What Inductor compiles. Coefficients come from the device, as a graph that serves all steps needs; the sum is rounded once, as ours is.
+
+
+def push_expression(slot: torch.Tensor, x: torch.Tensor) -> None:
+    slot.copy_(x)
+
+
+def reuse_expression(out: torch.Tensor, row: torch.Tensor, newest: torch.Tensor) -> None:
+    out.copy_(row[0] * newest.float())
+
+
+def blend_expression(out: torch.Tensor, row: torch.Tensor, newest: torch.Tensor, older: torch.Tensor) -> None:
+    out.copy_(row[0] * newest.float() + row[1] * older.float())
+
+
+def blend_add_expression(x: torch.Tensor, gate: torch.Tensor, row: torch.Tensor, newest: torch.Tensor, older: torch.Tensor) -> None:
+    x.copy_(x.float() + gate.float() * (row[0] * newest.float() + row[1] * older.float()))
+
+
+def reconstruct_expression(
+    copied: torch.Tensor, rebuilt: torch.Tensor, cond: torch.Tensor, low: torch.Tensor, high: torch.Tensor, row: torch.Tensor
+) -> None:
+    rebuilt.copy_(cond.float() + row[ops.Row.LOW] * low + row[ops.Row.HIGH] * high)
+    copied.copy_(cond)
+
+
+@cache
+def compiled(function: Callable[..., None]) -> Callable[..., None]:
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def ring_cases(name: str, shape: tuple[int, int], dtype: torch.dtype, device: str) -> Iterator[Case]:
+    """Push, blend of one and of two taps, and blend-add in the model's dtype; `shape` is tokens and channels."""
+    elements, itemsize, rounding = math.prod(shape), dtype.itemsize, one_rounding(dtype)
+    one, two = make_row(device, [1.0]), make_row(device, [1 + W, -W])
+
+    def buffers() -> Tensors:
+        ring = torch.randn((3, 1, *shape), dtype=dtype, device=device)
+        ring[2] = torch.nan
+        x = torch.randn((1, *shape), dtype=dtype, device=device)
+        gate = torch.full((1, 1, shape[1]), 0.01, dtype=dtype, device=device)
+        older, newest, slot = ring
+        return Tensors(ring=ring, older=older, newest=newest, slot=slot, x=x, gate=gate, out=torch.full_like(x, torch.nan))
+
+    def blended(t: Tensors) -> torch.Tensor:
+        return two[0].double() * t.newest.double() + two[1].double() * t.older.double()
+
+    yield Case(
+        "ring_push",
+        name,
+        ring_push.bytes_moved(elements, itemsize),
+        buffers,
+        {
+            "ours": lambda t: ops.ring_push(t.ring, t.x, one),
+            "eager copy_": lambda t: t.slot.copy_(t.x),
+            "inductor": lambda t: compiled(push_expression)(t.slot, t.x),
+        },
+        lambda t: [t.x.clone()],
+        lambda t: [t.slot],
+        [0.0],
+    )
+    yield Case(
+        "ring_blend",
+        f"{name}, 1 tap",
+        ring_blend.bytes_moved(elements, itemsize, 1),
+        buffers,
+        {
+            "ours": lambda t: ops.ring_blend(t.ring, one, out=t.out),
+            "eager copy_": lambda t: t.out.copy_(t.newest),
+            "inductor": lambda t: compiled(reuse_expression)(t.out, one, t.newest),
+        },
+        lambda t: [t.newest],
+        lambda t: [t.out],
+        [0.0],
+    )
+    yield Case(
+        "ring_blend",
+        f"{name}, 2 taps",
+        ring_blend.bytes_moved(elements, itemsize, 2),
+        buffers,
+        {
+            "ours": lambda t: ops.ring_blend(t.ring, two, out=t.out),
+            "eager lerp": lambda t: torch.lerp(t.newest, t.older, -W, out=t.out),
+            "inductor": lambda t: compiled(blend_expression)(t.out, two, t.newest, t.older),
+        },
+        lambda t: [blended(t)],
+        lambda t: [t.out],
+        [rounding],
+    )
+    yield Case(
+        "ring_blend_add",
+        f"{name}, 2 taps",
+        ring_blend.bytes_moved(elements, itemsize, 2, shape[1] * itemsize),
+        buffers,
+        {
+            "ours": lambda t: ops.ring_blend_add(t.x, t.gate, t.ring, two),
+            "eager lerp, addcmul_": lambda t: t.x.addcmul_(t.gate, torch.lerp(t.newest, t.older, -W, out=t.out)),
+            "eager addcmul_ twice": lambda t: t.x.addcmul_(t.gate, t.newest, value=1 + W).addcmul_(t.gate, t.older, value=-W),
+            "inductor": lambda t: compiled(blend_add_expression)(t.x, t.gate, two, t.newest, t.older),
+        },
+        lambda t: [t.x.double() + t.gate.double() * blended(t)],
+        lambda t: [t.x],
+        [rounding],
+    )
+
+
+def packed_cases(name: str, shape: tuple[int, int], dtype: torch.dtype, device: str) -> Iterator[Case]:
+    """Push, blend and blend-add of the packed formats, against the reference in plain PyTorch and Inductor's code for it."""
+    lines, channels = shape
+    rounding = one_rounding(dtype)
+    one, two, difference = make_row(device, [1.0]), make_row(device, [1 + W, -W]), make_row(device, [1.0, -1.0])
+
+    def cases(label: str, bits: int) -> Iterator[Case]:
+        def buffers() -> Tensors:
+            ring = torch.zeros((1, lines, packed.PackedRow(channels, bits).bytes), dtype=torch.uint8, device=device)
+            older = torch.randn((1, *shape), dtype=dtype, device=device)
+            x = older + 0.2 * torch.randn_like(older)
+            for pushed in (older, x):
+                packed.reference_packed_push(ring, pushed, bits)
+            gate = torch.full((1, 1, channels), 0.01, dtype=dtype, device=device)
+            return Tensors(ring=ring, x=x + 0.2 * older, gate=gate, out=torch.full_like(x, torch.nan))
+
+        def read(ring: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+            out = torch.empty((1, *shape), device=device)
+            packed.reference_packed_blend(out, ring, row, bits)
+            return out
+
+        def pushed_parts(t: Tensors) -> list[torch.Tensor]:
+            ring = t.ring.clone()
+            packed.reference_packed_push(ring, t.x, bits)
+            return parts(Tensors(ring=ring))
+
+        def parts(t: Tensors) -> list[torch.Tensor]:
+            return [read(t.ring, one), read(t.ring, difference)]
+
+        where = f"{name}, {label}"
+        yield Case(
+            "packed_push",
+            where,
+            packed.push_bytes_moved(lines, channels, bits, dtype.itemsize),
+            buffers,
+            {
+                "ours": lambda t: ops.packed_push(t.ring, t.x, bits),
+                "eager reference": lambda t: packed.reference_packed_push(t.ring, t.x, bits),
+                "inductor": lambda t: compiled(packed.reference_packed_push)(t.ring, t.x, bits),
+            },
+            pushed_parts,
+            parts,
+            [1.01 / 127, 1.01 / (7 if bits == 4 else 127)],  # a value half-way between two codes may take either
+            slack=1.0,
+        )
+        yield Case(
+            "packed_blend",
+            f"{where}, 2 taps",
+            packed.blend_bytes_moved(lines, channels, bits, dtype.itemsize),
+            buffers,
+            {
+                "ours": lambda t: ops.packed_blend(t.ring, two, t.out, bits),
+                "eager reference": lambda t: packed.reference_packed_blend(t.out, t.ring, two, bits),
+                "inductor": lambda t: compiled(packed.reference_packed_blend)(t.out, t.ring, two, bits),
+            },
+            lambda t: [read(t.ring, two)],
+            lambda t: [t.out],
+            [rounding],
+        )
+        yield Case(
+            "packed_blend_add",
+            f"{where}, 2 taps",
+            packed.blend_bytes_moved(lines, channels, bits, dtype.itemsize, channels * dtype.itemsize),
+            buffers,
+            {
+                "ours": lambda t: ops.packed_blend_add(t.x, t.gate, t.ring, two, bits),
+                "eager reference": lambda t: packed.reference_packed_blend_add(t.x, t.gate, t.ring, two, bits),
+                "inductor": lambda t: compiled(packed.reference_packed_blend_add)(t.x, t.gate, t.ring, two, bits),
+            },
+            lambda t: [t.x.double() + t.gate.double() * read(t.ring, two).double()],
+            lambda t: [t.x],
+            [rounding],
+        )
+
+    for label, bits in FORMATS.items():
+        yield from cases(label, bits)
+
+
+def low_band(shape: Sequence[int], device: str) -> torch.Tensor:
+    """Which of the unshifted frequencies that `fft2` gives of `[..., H, W]` lie in the disc, in exact integers."""
+    height, width = shape[-2:]
+    ky, kx = (torch.minimum(torch.arange(n), n - torch.arange(n)) for n in (height, width))
+    return (ky[:, None] ** 2 + kx**2 <= (min(height, width) // 5) ** 2).to(device)
+
+
+def cfg_cases(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Iterator[Case]:
+    """Split, reconstruction and guidance of one prompt's prediction `[frames, channels, H, W]`."""
+    elements, rounding, row = math.prod(shape), one_rounding(dtype), make_row(device, [])
+    mask, radius, scale = low_band(shape, device), min(shape[-2:]) // 5, torch.tensor([GUIDANCE], device=device)
+    w_low, w_high = (row[field].double() for field in (ops.Row.LOW, ops.Row.HIGH))
+    where = f"{name} {'x'.join(map(str, shape))}"
+
+    def project(x: torch.Tensor) -> torch.Tensor:
+        return torch.fft.ifft2(torch.fft.fft2(x) * mask).real
+
+    def buffers() -> Tensors:
+        cond, uncond = (torch.randn((1, *shape), dtype=dtype, device=device) for _ in range(2))
+        difference = uncond.double() - cond.double()
+        low = project(difference)
+        low, high = low.float(), (difference - low).float()
+        out = torch.full((2, *shape), torch.nan, dtype=dtype, device=device)
+        new_low, new_high = torch.full_like(low, torch.nan), torch.full_like(high, torch.nan)
+        return Tensors(cond=cond, uncond=uncond, low=low, high=high, out=out, new_low=new_low, new_high=new_high, guided=out[1:].clone())
+
+    def rebuilt(t: Tensors) -> torch.Tensor:
+        return t.cond.double() + w_low * t.low.double() + w_high * t.high.double()
+
+    def eager_rebuild(t: Tensors, out: torch.Tensor) -> torch.Tensor:
+        torch.add(t.cond, t.low, alpha=LOW, out=out)
+        return out.add_(t.high, alpha=HIGH)
+
+    def eager_reconstruct(t: Tensors) -> None:
+        eager_rebuild(t, t.out[:1])
+        t.out[1:].copy_(t.cond)
+
+    def eager_guide(t: Tensors) -> None:
+        torch.lerp(eager_rebuild(t, t.guided), t.cond, GUIDANCE, out=t.guided)
+
+    def fft_split(t: Tensors) -> None:
+        difference = t.uncond.float() - t.cond.float()
+        t.new_low.copy_(project(difference))
+        torch.sub(difference, t.new_low, out=t.new_high)
+
+    def exact_maps(t: Tensors) -> list[torch.Tensor]:
+        difference = t.uncond.double() - t.cond.double()
+        low = project(difference)
+        return [low, difference - low]
+
+    yield Case(
+        "cfg_reconstruct",
+        where,
+        cfg_reconstruct.bytes_moved(elements, dtype.itemsize),
+        buffers,
+        {
+            "ours": lambda t: ops.cfg_reconstruct(t.out, t.cond, t.low, t.high, row, 1),
+            "eager add, add_, copy_": eager_reconstruct,
+            "inductor": lambda t: compiled(reconstruct_expression)(t.out[1:], t.out[:1], t.cond, t.low, t.high, row),
+        },
+        lambda t: [torch.cat([rebuilt(t), t.cond.double()])],
+        lambda t: [t.out],
+        [rounding],
+    )
+    yield Case(
+        "cfg_guide",
+        where,
+        elements * (2 * dtype.itemsize + 2 * 4),
+        buffers,
+        {
+            "ours": lambda t: ops.cfg_guide(t.cond, t.low, t.high, row, scale, t.guided),
+            "eager add, add_, lerp": eager_guide,
+            "inductor": lambda t: compiled(cfg_reconstruct.reference_cfg_guide)(t.guided, t.cond, t.low, t.high, row, scale),
+        },
+        lambda t: [rebuilt(t) + GUIDANCE * (t.cond.double() - rebuilt(t))],
+        lambda t: [t.guided],
+        [rounding],
+        slack=32.0,  # guidance multiplies the rounding of the rebuilt branch
+    )
+    yield Case(
+        "cfg_split",
+        where,
+        cfg_split.bytes_moved(elements, dtype.itemsize),
+        buffers,
+        {"ours": lambda t: ops.cfg_split(t.new_low, t.new_high, t.uncond, t.cond, radius), "eager fft2, mask, ifft2": fft_split},
+        exact_maps,
+        lambda t: [t.new_low, t.new_high],
+        [16 * torch.finfo(torch.float32).eps] * 2,
+    )
+
+
+def skipped_step_case(device: str, shape: tuple[int, ...] = LATENTS["CogVideoX"]) -> Case:
+    """All the CFG work of a step without an unconditional branch, in float32: ours against the paper's formulation with an FFT each way.
+
+    The FFT form is given its mask and the weighted sum of the two stored spectra beforehand.
+    """
+    template = next(cfg_cases("CogVideoX", shape, torch.float32, device))
+    mask = low_band(shape, device)
+
+    def buffers() -> Tensors:
+        t = template.buffers()
+        t.low_spectrum, t.high_spectrum = torch.fft.fft2(t.low), torch.fft.fft2(t.high)
+        return t
+
+    def fft(t: Tensors) -> None:
+        spectrum = torch.fft.fft2(t.cond)
+        low, high = spectrum * mask + LOW * t.low_spectrum, spectrum * ~mask + HIGH * t.high_spectrum
+        t.out[:1] = torch.fft.ifft2(low + high).real
+        t.out[1:] = t.cond
+
+    forms = {"ours": template.forms["ours"], "eager fft2, mask, ifft2": fft}
+    expected, results = template.expected, template.results
+    return Case("cfg_skipped_step", template.name, template.moved, buffers, forms, expected, results, template.tolerances)
