@@ -15,11 +15,15 @@ as columns (column c has frequency (c + 1) // 2). Then, exactly,
 
 as long as r < min(H, W) / 2. These are four small matrix products, and only (2r + 1)^2 of the H W modes are ever computed.
 
-The kernel gives one program a whole plane, and walks it twice in strips of columns: first to gather the spectrum, which is small and stays
-in registers, then to subtract what it stands for. The second reading of a strip finds it in the cache. Strips keep the shared memory, which
-`tl.dot` passes its operands through, far below what any GPU has; whole planes would need 128 KiB at 128 x 128.
-`tl.dot` wants sizes that are powers of two and at least 16, so planes and bases are padded with zeros, which add nothing.
-`input_precision="ieee"` keeps the products in float32: the default, TF32, has 10 bits of mantissa.
+The kernel gives one program a whole plane, and walks it twice in tiles: first to gather the spectrum, which is small and stays in
+registers, then to subtract what it stands for. The second reading of a tile finds it in the cache. `tl.dot` takes its operands through
+shared memory and registers, so the tiles bound both: 20 KiB, and at most 128 registers a thread, at 60 x 90 and radius 12. Two programs
+then fit a multiprocessor, and an H100 works on all 208 planes of CogVideoX's latent at once. `tl.dot` wants sizes that are powers of two
+and at least 16: tiles at the border, and bases, are padded with zeros, which add nothing. `input_precision="ieee"` keeps the products in
+float32: the default, TF32, has 10 bits of mantissa.
+
+Larger planes, higher cutoffs and float64 go to torch.fft, which is cuFFT on CUDA: a program runs on one multiprocessor, which is little for
+a plane that large.
 """
 
 from __future__ import annotations
@@ -31,8 +35,9 @@ import torch
 
 from ._triton import MISSING, collapse, compute_dtype, on_device_of, strided_offset, tl, triton
 
-MAX_SIDE, MAX_RADIUS = 128, 31  # larger tiles need more shared memory than every GPU has, and take 10 s and more to compile
-STRIP = 16  # columns of a strip: the fewest tl.dot takes, and the least shared memory (80 KiB at 128 x 128, radius 25; 128 KiB for 32)
+MAX_SIDE, MAX_RADIUS = 128, 31
+STRIP = 32  # columns of a tile
+BASIS_TILE = 2048  # elements of a basis in use at once, rows x modes; with 64 columns or twice as many rows, registers spill
 
 
 @lru_cache(maxsize=64)  # a model has one latent size at a time: two bases for each
@@ -66,9 +71,21 @@ def reference_cfg_split(low: torch.Tensor, high: torch.Tensor, uncond: torch.Ten
     torch.sub(difference, low, out=high)
 
 
+def fft_cfg_split(low: torch.Tensor, high: torch.Tensor, uncond: torch.Tensor, cond: torch.Tensor, radius: int) -> None:
+    """The op by Fourier transforms of real planes, in the dtype of the maps."""
+    difference = uncond.to(low.dtype) - cond.to(low.dtype)
+    height, width = low.shape[-2:]
+    ky, kx = torch.arange(height, device=low.device), torch.arange(width // 2 + 1, device=low.device)
+    ky = torch.minimum(ky, height - ky)  # the upper half stands for negative frequencies
+    spectrum = torch.fft.rfft2(difference) * (ky[:, None] ** 2 + kx**2 <= radius**2)
+    low.copy_(torch.fft.irfft2(spectrum, s=(height, width)))
+    torch.sub(difference, low, out=high)
+
+
 @triton.jit
-def load_strip(uncond, cond, y, x, inside, uncond_steps, cond_steps):
+def load_tile(uncond, cond, y, x, height, width, uncond_steps, cond_steps):
     """The difference of the branches at rows `y` and columns `x`, in float32 and 0 outside the plane."""
+    inside = (y < height) & (x < width)
     left = tl.load(uncond + y * uncond_steps[0] + x * uncond_steps[1], mask=inside, other=0.0).to(tl.float32)
     right = tl.load(cond + y * cond_steps[0] + x * cond_steps[1], mask=inside, other=0.0).to(tl.float32)
     return left - right
@@ -96,7 +113,7 @@ def cfg_split_kernel(
     cond_strides,
     uncond_steps,
     cond_steps,
-    H: tl.constexpr,
+    ROWS: tl.constexpr,
     MODES: tl.constexpr,
     STRIP: tl.constexpr,
 ):
@@ -107,55 +124,61 @@ def cfg_split_kernel(
     high += plane * height * width
 
     modes = 2 * radius + 1
-    y = tl.arange(0, H)[:, None]
     mode = tl.arange(0, MODES)[None, :]
-    rows = load_basis(basis_h, y, height, mode, modes)  # [H, MODES]
+    y = tl.arange(0, ROWS)[:, None]
 
     spectrum = tl.zeros((MODES, MODES), tl.float32)
-    for start in range(0, width, STRIP):
-        x = start + tl.arange(0, STRIP)
-        strip = load_strip(uncond, cond, y, x[None, :], (y < height) & (x[None, :] < width), uncond_steps, cond_steps)
-        columns = load_basis(basis_w, x[:, None], width, mode, modes)  # [STRIP, MODES]
-        half = tl.dot(tl.trans(rows), strip, input_precision="ieee")  # [MODES, STRIP]
+    for left in range(0, width, STRIP):
+        x = left + tl.arange(0, STRIP)[None, :]
+        half = tl.zeros((MODES, STRIP), tl.float32)
+        for top in range(0, height, ROWS):
+            tile = load_tile(uncond, cond, top + y, x, height, width, uncond_steps, cond_steps)
+            rows = load_basis(basis_h, top + y, height, mode, modes)  # [ROWS, MODES]
+            half = tl.dot(tl.trans(rows), tile, half, input_precision="ieee")
+        columns = load_basis(basis_w, tl.trans(x), width, mode, modes)  # [STRIP, MODES]
         spectrum = tl.dot(half, columns, spectrum, input_precision="ieee")
 
     frequency = (tl.arange(0, MODES) + 1) // 2
     keep = frequency[:, None] * frequency[:, None] + frequency[None, :] * frequency[None, :] <= radius * radius
-    rebuilt = tl.dot(rows, tl.where(keep, spectrum, 0.0), input_precision="ieee")  # [H, MODES]
+    spectrum = tl.where(keep, spectrum, 0.0)
 
-    for start in range(0, width, STRIP):
-        x = start + tl.arange(0, STRIP)
-        inside = (y < height) & (x[None, :] < width)
-        strip = load_strip(uncond, cond, y, x[None, :], inside, uncond_steps, cond_steps)
-        columns = load_basis(basis_w, x[:, None], width, mode, modes)
-        smooth = tl.dot(rebuilt, tl.trans(columns), input_precision="ieee")  # [H, STRIP]
-        out = y * width + x[None, :]
-        tl.store(low + out, smooth, mask=inside)
-        tl.store(high + out, strip - smooth, mask=inside)
+    for top in range(0, height, ROWS):
+        rows = load_basis(basis_h, top + y, height, mode, modes)
+        rebuilt = tl.dot(rows, spectrum, input_precision="ieee")  # [ROWS, MODES]
+        for left in range(0, width, STRIP):
+            x = left + tl.arange(0, STRIP)[None, :]
+            tile = load_tile(uncond, cond, top + y, x, height, width, uncond_steps, cond_steps)
+            columns = load_basis(basis_w, tl.trans(x), width, mode, modes)
+            smooth = tl.dot(rebuilt, tl.trans(columns), input_precision="ieee")  # [ROWS, STRIP]
+            out = (top + y) * width + x
+            inside = (top + y < height) & (x < width)
+            tl.store(low + out, smooth, mask=inside)
+            tl.store(high + out, tile - smooth, mask=inside)
 
 
 def fits_kernel(height: int, width: int, radius: int, dtype: torch.dtype) -> bool:
-    """Whether the kernel serves planes of this size, cutoff and type; the reference serves the others."""
+    """Whether the kernel serves planes of this size, cutoff and type; Fourier transforms serve the others."""
     return max(height, width) <= MAX_SIDE and radius <= MAX_RADIUS and compute_dtype(dtype) == torch.float32
 
 
 def prepare(height: int, width: int, radius: int, dtype: torch.dtype, device: torch.device) -> None:
     """Fills the cache of bases for inputs of `dtype` on `device`, so that no later call allocates or uploads one."""
-    kernel = device.type == "cuda" and MISSING is None and fits_kernel(height, width, radius, dtype)
-    basis_dtype = torch.float32 if kernel else torch.float64
+    triton_serves = device.type == "cuda" and MISSING is None
+    if triton_serves and not fits_kernel(height, width, radius, dtype):
+        return  # Fourier transforms need none
     for n in (height, width):
-        fourier_basis(n, radius, basis_dtype, device)
+        fourier_basis(n, radius, torch.float32 if triton_serves else torch.float64, device)
 
 
 def triton_cfg_split(low: torch.Tensor, high: torch.Tensor, uncond: torch.Tensor, cond: torch.Tensor, radius: int) -> None:
-    """Launches the kernel; arguments as in `fastercache.ops.cfg_split`, taken as valid. What it cannot hold goes to the reference."""
-    height, width = uncond.shape[-2:]
-    if not fits_kernel(height, width, radius, uncond.dtype):
-        return reference_cfg_split(low, high, uncond, cond, radius)
+    """Launches the kernel; arguments as in `fastercache.ops.cfg_split`, taken as valid. What it is not made for goes to torch.fft."""
     if uncond.numel() == 0:
         return
+    height, width = uncond.shape[-2:]
+    if not fits_kernel(height, width, radius, uncond.dtype):
+        return fft_cfg_split(low, high, uncond, cond, radius)
     sizes, uncond_strides, cond_strides = collapse(uncond.shape[:-2], uncond.stride()[:-2], cond.stride()[:-2])
-    rows, modes = (max(16, triton.next_power_of_2(n)) for n in (height, 2 * radius + 1))
+    modes = max(16, triton.next_power_of_2(2 * radius + 1))
     with on_device_of(low):
         cfg_split_kernel[(uncond.numel() // (height * width),)](
             low,
@@ -172,10 +195,11 @@ def triton_cfg_split(low: torch.Tensor, high: torch.Tensor, uncond: torch.Tensor
             cond_strides,
             uncond.stride()[-2:],
             cond.stride()[-2:],
-            H=rows,
+            ROWS=max(16, min(triton.next_power_of_2(height), BASIS_TILE // modes)),
             MODES=modes,
             STRIP=STRIP,
-            num_warps=8 if rows > 64 else 4,
+            num_warps=8,
+            num_stages=1,  # loading ahead would take up to three times the registers; other programs fill the time instead
         )
 
 

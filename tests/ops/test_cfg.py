@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastercache.ops import map_dtype
-from fastercache.triton_kernels.cfg_split import fourier_basis
+from fastercache.triton_kernels.cfg_split import fft_cfg_split, fourier_basis, triton_cfg_split
 
 from .helpers import IMPLEMENTATIONS, assert_close, dtypes, few, generator, layouts, make_row, nan, randn, seeds, shapes
 
@@ -89,6 +89,34 @@ def test_split_of_a_whole_latent_is_accurate_to_float32(ops, height, width):
     ops.cfg_split(low, high, uncond, cond, radius)
     exact = plane(spectrum(uncond.double() - cond.double()) * low_band(height, width, radius)).real
     assert (low - exact).abs().max() <= 16 * torch.finfo(torch.float32).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("height,width,radius", [(130, 200, 26), (129, 257, 25), (257, 130, 13), (96, 100, 40), (3, 5, 1), (4, 4, 0)])
+def test_split_by_fourier_transforms_is_accurate_to_float32(height, width, radius, dtype):
+    """Odd and even sides, and the cutoffs beyond the kernel's."""
+    rng = generator(height)
+    uncond, cond = (randn([2, height, width], dtype, rng) for _ in range(2))
+    low, high = nan(cond.shape, torch.float32), nan(cond.shape, torch.float32)
+    fft_cfg_split(low, high, uncond, cond, radius)
+    difference = uncond.double() - cond.double()
+    exact = plane(spectrum(difference) * low_band(height, width, radius)).real
+    tolerance = 16 * torch.finfo(torch.float32).eps * difference.abs().max()
+    assert (low - exact).abs().max() <= tolerance
+    assert (high - (difference - exact)).abs().max() <= tolerance
+
+
+@pytest.mark.skipif("triton" not in IMPLEMENTATIONS, reason="Triton cannot be imported")
+@pytest.mark.parametrize(
+    "height,width,radius,dtype", [(129, 16, 3, torch.float32), (80, 90, 32, torch.float16), (16, 16, 3, torch.float64)]
+)
+def test_what_the_kernel_is_not_made_for_goes_to_fourier_transforms(height, width, radius, dtype):
+    rng = generator(0)
+    uncond, cond = (randn([2, height, width], dtype, rng) for _ in range(2))
+    ours, theirs = ([nan(cond.shape, map_dtype(dtype)) for _ in range(2)] for _ in range(2))
+    triton_cfg_split(*ours, uncond, cond, radius)
+    fft_cfg_split(*theirs, uncond, cond, radius)
+    assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
 
 
 @each_implementation
