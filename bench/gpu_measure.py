@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     facts["versions"] |= {"cuda": torch.version.cuda, "driver": driver()}
     device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     document: dict[str, Any] = {"device": device, "kind": args.device, **facts}
-    document |= {"scale": args.scale, "copy_gbps": None, "rows": [], "dispatch": dispatch_rows(args.device), "bars": []}
+    document |= {"scale": args.scale, "copy_gbps": None, "rows": [], "dispatch": [], "bars": []}
     document |= {"notes": [], "not_measured": []}
 
     def save() -> None:
@@ -93,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         document["notes"] += notes
         print(f"{row['op']}, {row['case']}: {row['p50_us']} us, error {row['max_error']}", flush=True)
         save()
+    document["dispatch"] = dispatch_rows(args.device)
     if args.scale == 1:
         document["bars"] = bars([*document["rows"], *document["not_measured"]], document["dispatch"], args.device)
     save()

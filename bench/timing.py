@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.op_cases import Case
+from bench.op_cases import Case, Tensors
 
 MOST_SETS = 64
 SLEEP_CYCLES = 5_000_000
@@ -30,6 +30,12 @@ def cache_bytes(device: str) -> int:
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     kib = [int(found[1]) for size in sizes if (found := re.fullmatch(r"(\d+)K", size))]
     return max(kib, default=64 * 1024) * 1024
+
+
+def rotating_sets(case: Case, device: str) -> list[Tensors]:
+    """Sets of tensors to take in turn: a call finds none of its own in the cache."""
+    count = min(math.ceil(2 * cache_bytes(device) / case.moved) + 1, MOST_SETS)
+    return [case.buffers() for _ in range(count)]
 
 
 def round_us(calls: list[Callable[[], object]], device: str) -> float:
@@ -54,9 +60,8 @@ def time_case(case: Case, device: str, forms: Mapping[str, Callable], seconds: f
 
     `copy` is timed with them: a copy that moves the same bytes on the same device.
     """
-    count = min(math.ceil(2 * cache_bytes(device) / case.moved) + 1, MOST_SETS)
-    sets = [case.buffers() for _ in range(count)]
-    source, target = (torch.empty((count, math.ceil(case.moved / 2)), dtype=torch.uint8, device=device) for _ in range(2))
+    sets = rotating_sets(case, device)
+    source, target = (torch.empty((len(sets), math.ceil(case.moved / 2)), dtype=torch.uint8, device=device) for _ in range(2))
     source.random_(0, 256)
     calls: dict[str, list[Callable[[], object]]] = {name: [partial(form, tensors) for tensors in sets] for name, form in forms.items()}
     calls["copy"] = [partial(torch.Tensor.copy_, *pair) for pair in zip(target, source, strict=True)]
