@@ -31,6 +31,7 @@ STEPS = ("build", "test", "measure", "sanitize")
 MINUTES = {"build": 3.0, "test": 2.5, "sanitize": 2.0}
 """The most a step may take. Measuring gets what the others leave; `sanitize` is kept its share."""
 TOOLS = ("memcheck", "racecheck", "initcheck")
+OPTIONS = ("--error-exitcode", "9", "--print-limit", "20")
 SLOWER = 1.10
 GPU_TEST = "tests/ops/test_gpu.py"
 ENVIRONMENT = os.environ | {"TRITON_INTERPRET": "0", "PYTHONUNBUFFERED": "1"}
@@ -85,7 +86,7 @@ def sanitize(out: Path, minutes: float) -> list[Step]:
     if not Path(tool).exists():
         return [{"step": name, "outcome": "not run: compute-sanitizer is not installed", "seconds": 0, "last": ""} for name in TOOLS]
     test = [sys.executable, "-m", "pytest", GPU_TEST, "-k", "every_op_once", "-p", "no:cacheprovider"]
-    begun = [start(name, [tool, "--tool", name, "--error-exitcode", "9", *test], out, PYTORCH_NO_CUDA_MEMORY_CACHING="1") for name in TOOLS]
+    begun = [start(name, [tool, "--tool", name, *OPTIONS, *test], out, PYTORCH_NO_CUDA_MEMORY_CACHING="1") for name in TOOLS]
     end = time.monotonic() + 60 * minutes
     return [finish(step, (end - time.monotonic()) / 60) for step in begun]
 
