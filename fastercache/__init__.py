@@ -1,7 +1,7 @@
 """FasterCache for video diffusion transformers: `fastercache.compile(pipe)`."""
 
 from fastercache import policies
-from fastercache.api import compile, disabled, release, restore, run, summary
+from fastercache.api import compile, disabled, release, restore, run, summary, warmup
 from fastercache.errors import (
     CacheError,
     CompileError,
@@ -34,4 +34,5 @@ __all__ = [
     "restore",
     "run",
     "summary",
+    "warmup",
 ]

@@ -1,4 +1,4 @@
-"""The public functions: compile, run, disabled, release, restore, summary."""
+"""The public functions: compile, warmup, run, disabled, release, restore, summary."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
+from rich.progress import Progress
 from torch import nn
 
 from fastercache import pipelines, policies
 from fastercache.engine import Engine, RunSpec
 from fastercache.errors import CompileError, RunError, UnsupportedModelError
 from fastercache.families import BranchOrder, family_of
+from fastercache.graphs import GraphOptions
 from fastercache.memory import CacheBudget, CacheFormat
 from fastercache.policies import Policy
 from fastercache.report import Summary
@@ -30,6 +32,9 @@ def compile(
     cfg: BranchOrder | None = None,
     cache_format: CacheFormat | None = None,
     max_cache_bytes: int | None = None,
+    backend: str | Callable[..., Any] | None = None,
+    mode: str | None = None,
+    regional: bool = False,
 ) -> T:
     """Make a pipeline or a denoiser run a caching schedule; returns the same object.
 
@@ -42,24 +47,30 @@ def compile(
         (0.4 of them). None takes the best that fits `max_cache_bytes`: "model" where there is no limit.
     max_cache_bytes: the most bytes the caches may take, on the denoiser's device. Known at a run's first step, when the shapes are; a run
         whose caches would not fit raises `CacheError`, which says what would.
+    backend, mode: compile the model too, one full graph for each phase of the schedule; as torch.compile has them, such as
+        backend="inductor", mode="reduce-overhead". The first run compiles, unless `fastercache.warmup` has.
+    regional: compile the repeated block, once for all layers, instead of the whole model: much faster to compile.
 
     Errors leave the target as it was: `UnsupportedModelError`, `ScheduleError`, `CompileError` (compiled already, by this or by torch),
     `CacheError`.
     """
     budget = CacheBudget(cache_format, max_cache_bytes)
+    if backend is None and (mode is not None or regional):
+        raise CompileError(f"mode={mode!r}, regional={regional!r} without a backend; pass backend='inductor' too")
+    options = GraphOptions(backend, mode, regional) if backend is not None else None
     rule = policies.resolve(schedule)
     if pipelines.is_pipeline(target):
         if steps is not None or cfg is not None:
             raise CompileError("a pipeline tells its own step count and guidance; leave out steps= and cfg=")
         component, model = pipelines.denoiser_of(target)
-        pipelines.attach(target, component, _install(model, rule, None, budget))
+        pipelines.attach(target, component, _install(model, rule, None, budget, options))
         return target
     if not isinstance(target, nn.Module):
         raise UnsupportedModelError(f"cannot compile a {type(target).__name__}; pass a diffusers pipeline or a denoiser (nn.Module)")
     if (steps is None) != (cfg is None):
         raise CompileError(f"steps={steps!r} with cfg={cfg!r}: give both, or neither and enter fastercache.run(model, steps=..., cfg=...)")
     default = None if steps is None or cfg is None else _spec(steps, cfg)
-    _install(target, rule, default, budget)
+    _install(target, rule, default, budget, options)
     return target
 
 
@@ -71,7 +82,9 @@ def _spec(steps: int, cfg: BranchOrder) -> RunSpec:
     return RunSpec(steps, cfg)
 
 
-def _install(model: nn.Module, schedule: Schedule | Policy, default: RunSpec | None, budget: CacheBudget) -> Engine:
+def _install(
+    model: nn.Module, schedule: Schedule | Policy, default: RunSpec | None, budget: CacheBudget, options: GraphOptions | None
+) -> Engine:
     if hasattr(model, "_orig_mod") or any(getattr(part, "_compiled_call_impl", None) is not None for part in model.modules()):
         raise CompileError(
             f"{type(getattr(model, '_orig_mod', model)).__name__} is compiled by torch already, and the schedule cannot reach inside its "
@@ -81,7 +94,7 @@ def _install(model: nn.Module, schedule: Schedule | Policy, default: RunSpec | N
         raise CompileError(f"this {type(model).__name__} is compiled by fastercache already; call fastercache.restore first")
     if getattr(model, "is_cache_enabled", False):
         raise CompileError(f"this {type(model).__name__} has a diffusers cache enabled; call model.disable_cache() first")
-    engine = Engine(model, family_of(model), schedule, default, budget)
+    engine = Engine(model, family_of(model), schedule, default, budget, options)
     setattr(model, _ENGINE, engine)
     return engine
 
@@ -106,8 +119,29 @@ def restore(target: T) -> T:
     return target
 
 
+def warmup(target: T, *args: Any, progress: bool = True, **kwargs: Any) -> T:
+    """Compile every phase of the schedule before the first request; returns the same object.
+
+    target: compiled with a backend. For a pipeline, args and kwargs are those of the calls to come (shapes, step count and guidance count,
+        the prompt does not): it runs up to its first call of the denoiser, and there each phase once. For a denoiser compiled with
+        steps= and cfg=, they are its own, as tensors.
+    progress: show a bar.
+
+    What was compiled before, by another process too, comes from torch's caches on disk (TORCHINDUCTOR_CACHE_DIR).
+    """
+    engine = _engine(target, warmup)
+    if engine.graphs is None:
+        raise CompileError("there is nothing to warm up: compile with a backend, as in fastercache.compile(pipe, backend='inductor')")
+    with Progress(disable=not progress, transient=True) as bar:
+        task = bar.add_task("compiling phases", total=None)
+        with engine.warming_up(lambda number, phases: bar.update(task, completed=number, total=phases)):
+            target(*args, **kwargs)  # type: ignore[operator]
+    return target
+
+
 def release(target: T) -> T:
-    """Free the caches of a run that was left before its last step (a finished run has freed its own); returns the same object."""
+    """Free the caches of a run that was left before its last step (a finished run has freed its own), and those that a compiled model
+    keeps at fixed addresses from run to run; returns the same object."""
     _engine(target, release).release()
     return target
 

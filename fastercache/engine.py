@@ -1,8 +1,8 @@
 """Runs a schedule on a model: patches its `forward` and its sites, and carries the state of one run at a time.
 
 Nothing is decided here while sampling. A run begins with the first call of the denoiser, when the shapes are known: the schedule becomes
-a plan, the caches are allocated, the table of coefficients is uploaded. Step i copies row i of the table into a fixed tensor
-and runs the model; at each site the gate either blends, or computes and stores.
+a plan, the caches are allocated, the table of coefficients is uploaded. Step i copies row i of the table into a fixed tensor, sets the
+modes of the groups and runs the model, as it is or as the compiled graph of the step's phase.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import inspect
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -23,7 +23,9 @@ from torch import nn
 from fastercache import flops, ops
 from fastercache.errors import FasterCacheWarning, RunError, ScheduleError
 from fastercache.families import BranchOrder, Family, Site
-from fastercache.memory import Cache, CacheBudget, branch_rows, plan_cache
+from fastercache.gates import Gate, GroupState
+from fastercache.graphs import GraphOptions, PhaseGraphs, input_signature
+from fastercache.memory import Cache, CacheBudget, CachePlan, branch_rows, plan_cache
 from fastercache.patching import ForwardPatch
 from fastercache.plan import Plan, PlannedStep, group_of, make_plan
 from fastercache.policies import Policy
@@ -31,6 +33,10 @@ from fastercache.report import Summary, count_sites
 from fastercache.schedule import Schedule
 
 logger = logging.getLogger("fastercache")
+
+
+class WarmedUp(Exception):
+    """Leaves the pipeline's call that `Engine.warming_up` began, once every phase has run."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,15 @@ class RunSpec:
 class Engine:
     """The accelerated state of one model. Made by `fastercache.compile`; `detach` leaves the model as it was."""
 
-    def __init__(self, model: nn.Module, family: Family, schedule: Schedule | Policy, default: RunSpec | None, budget: CacheBudget):
+    def __init__(
+        self,
+        model: nn.Module,
+        family: Family,
+        schedule: Schedule | Policy,
+        default: RunSpec | None,
+        budget: CacheBudget,
+        options: GraphOptions | None,
+    ):
         self.model, self.family, self.schedule, self.default, self.budget = model, family, schedule, default, budget
         self.enabled = True
         self.last: Summary | None = None
@@ -52,10 +66,20 @@ class Engine:
         self._owner: int | None = None
         self._in_scope = False
         self._said_uncached = False
+        self.on_phase: Callable[[int, int], None] | None = None
         self.sites: list[Site] = family.sites(model)
-        self._signature = inspect.signature(type(model).forward)
-        self._site_patches = [ForwardPatch(site.module, partial(self._at_site, index)) for index, site in enumerate(self.sites)]
+        self._parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
+        self.gates = [Gate() for _ in self.sites]
+        self._site_patches = [ForwardPatch(site.module, gate, traced=True) for site, gate in zip(self.sites, self.gates, strict=True)]
         self._model_patch = ForwardPatch(model, self._at_model)
+        # Long enough for any policy that skips at all to do so.
+        self._policy_skips = not isinstance(schedule, Schedule) and not schedule(120, True).skips_nothing
+        self._kept: Cache | None = None
+        self._blocks: dict[str, list[int]] = {}
+        for index, site in enumerate(self.sites):
+            self._blocks.setdefault(family.block_of(site), []).append(index)
+        blocks = (model.get_submodule(path) for path in self._blocks)
+        self.graphs = PhaseGraphs(model, options, blocks) if options is not None else None
 
     def detach(self) -> None:
         """Take every patch out and free the caches. Refused while a run is under way in a scope."""
@@ -63,13 +87,53 @@ class Engine:
             raise RunError("a run is under way; restore the model after it has ended")
         for patch in (self._model_patch, *self._site_patches):
             patch.remove()
-        self._run = None
+        if self.graphs is not None:
+            self.graphs.detach()
+        self._run = self._kept = None
 
     def release(self) -> None:
-        """Free the caches of a run that was left before its last step. Refused while a run is under way in a scope."""
+        """Free the caches: of a run that was left before its last step, and those that graphs keep. Refused while a run is under way."""
         if self._in_scope:
             raise RunError("a run is under way, and needs its caches; release them after it has ended")
         self._end("released before its last step")
+        self._kept = None
+
+    def cache_for(self, planned: CachePlan, rows: int, device: torch.device) -> Cache:
+        """The caches of a run. Those of a compiled model stay from run to run, at the addresses that CUDA graphs have recorded."""
+        if self._kept is not None and (self._kept.plan, len(self._kept.rows), self._kept.device) == (planned, rows, device):
+            return self._kept
+        self._kept = None  # before the next is allocated
+        cache = Cache(planned, rows, device)
+        if self.graphs is not None:
+            self._kept = cache
+        return cache
+
+    def open_gates(self, plan: Plan, cache: Cache, states: Sequence[GroupState]) -> None:
+        """Let the sites act by the states of their groups. `ScheduleError` if the schedule reuses what the model does not have."""
+        found = [group_of(plan.groups, site.kind, site.layer) for site in self.sites]
+        for number, group in enumerate(plan.groups):
+            if number not in found:
+                kinds = ", ".join(dict.fromkeys(site.kind for site in self.sites))
+                raise ScheduleError(
+                    f"schedule {plan.schedule.name!r} reuses {group.selector!r}, but {self.family.name} has no such site; it has {kinds}"
+                )
+        for index, (gate, group_number) in enumerate(zip(self.gates, found, strict=True)):
+            gate.group, gate.rings = (None, ()) if group_number is None else (states[group_number], cache.rings(index))
+        if self.graphs is not None:
+            self.graphs.set_kinds(tuple((self.sites[i].kind, found[i]) for i in indices) for indices in self._blocks.values())
+
+    def close_gates(self) -> None:
+        """Let the sites compute, and hold no cache."""
+        for gate in self.gates:
+            gate.group, gate.rings = None, ()
+
+    def forward(self, original: Callable[..., Any], arguments: dict[str, Any], phase: Hashable) -> Any:
+        """The denoiser's own forward with the gates as they are set, or the graph of the phase that they make up."""
+        if self.graphs is None:
+            return original(**arguments)
+        # Weights that were given another dtype since would need graphs of their own, too.
+        weights = next((parameter.dtype for parameter in self.model.parameters()), None)
+        return self.graphs.call(original, (weights, *input_signature(arguments)), phase, arguments)
 
     # ---- runs -----------------------------------------------------------------------------------------------------------------------
 
@@ -108,8 +172,25 @@ class Engine:
         finally:
             self.enabled = before
 
+    @contextmanager
+    def warming_up(self, on_phase: Callable[[int, int], None]) -> Iterator[None]:
+        """The first call of the denoiser inside runs each phase once, after `on_phase(number, phases)`, and ends the block."""
+        last, self.on_phase = self.last, on_phase
+        try:
+            yield
+        except WarmedUp:
+            pass
+        finally:
+            self.on_phase, self.last = None, last
+
+    @property
+    def calls_to_warm_up(self) -> int:
+        """Calls until a phase has nothing left to prepare: CUDA graphs run once as they are, are recorded, and then replayed."""
+        return 3 if self.graphs is not None and self.graphs.options.cuda_graphs else 1
+
     def _end(self, note: str | None) -> None:
         run, self._run = self._run, None
+        self.close_gates()
         if run is None:
             return
         if run.plan is None:
@@ -133,12 +214,9 @@ class Engine:
         if self._in_scope and self._owner != threading.get_ident():
             raise RunError(f"this {type(self.model).__name__} is in a run of another thread; a run owns its model until it ends")
         run = self._run
-        bound = self._signature.bind(self.model, *args, **kwargs)
-        arguments = dict(bound.arguments)
-        arguments.pop(next(iter(self._signature.parameters)))
-        for parameter in self._signature.parameters.values():
-            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                arguments.update(arguments.pop(parameter.name, {}))
+        arguments = dict(zip(self._parameters, args, strict=False)) | kwargs
+        if len(arguments) != len(args) + len(kwargs):
+            inspect.signature(original).bind(*args, **kwargs)  # says what is given twice, or is one too many
         if not self._in_scope:
             run = self._implicit_run(run, arguments)
             if run is None:
@@ -171,12 +249,6 @@ class Engine:
             run = self._run = Run(self, lambda: default)
         return run
 
-    def _at_site(self, index: int, original: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        run = self._run
-        if run is None or run.current is None:
-            return original(*args, **kwargs)
-        return run.site(index, original, args, kwargs)
-
     def plan_for(self, spec: RunSpec) -> Plan:
         """The plan of a run; `ScheduleError` if a fixed schedule has another length."""
         guidance = spec.order != "none"
@@ -189,8 +261,7 @@ class Engine:
                 )
         else:
             schedule = self.schedule(spec.steps, guidance)
-            # Long enough for any policy that skips at all to do so.
-            asked = not self.schedule(120, True).skips_nothing
+            asked = self._policy_skips
         plan = make_plan(schedule, guidance)
         if asked and plan.skips_nothing:
             why = "this run has no guidance" if not guidance and spec.steps >= 6 else f"a run of {spec.steps} steps is too short for it"
@@ -205,11 +276,9 @@ class Run:
         self.engine = engine
         self.position = 0
         self.plan: Plan | None = None
-        self.current: PlannedStep | None = None
         self._describe = describe
         self._done: list[PlannedStep] = []
         self._failed: str | None = None
-        self._used: set[str] = set()
         self._notes: list[str] = []
 
     def __len__(self) -> int:
@@ -238,17 +307,11 @@ class Run:
         if note:
             self._notes.append(note)
             logger.info(note)
-        self.cache: Cache | None = Cache(self.planned, spec.order, device)
+        self.cache: Cache | None = engine.cache_for(self.planned, len(plan.groups) + 1, device)
         self.cache_bytes = self.cache.bytes
-        self.site_group = [group_of(plan.groups, site.kind, site.layer) for site in engine.sites]
-        for group_index, group in enumerate(plan.groups):
-            if group_index not in self.site_group:
-                kinds = ", ".join(dict.fromkeys(site.kind for site in engine.sites))
-                raise ScheduleError(
-                    f"schedule {plan.schedule.name!r} reuses {group.selector!r}, but {family.name} has no such site; it has {kinds}"
-                )
         self.table = torch.tensor(plan.table(), dtype=torch.float32).to(device)
-        self.rows = torch.zeros_like(self.table[0])
+        self.groups = [GroupState(row) for row in self.cache.rows[:-1]]
+        engine.open_gates(plan, self.cache, self.groups)
         self.order, self.batch, self._first_key = spec.order, batch, self._key(arguments)
         self.shapes = flops.shapes_only(arguments)
         self.plan = plan
@@ -278,69 +341,82 @@ class Run:
                     f"step {self.position + 1} has latents {list(now[0])} ({now[1]}, {now[2]}), but the run began with {list(shape)} "
                     f"({dtype}, {device}); guidance and shapes stay the same within a run, so begin a new one"
                 )
-            step = self.plan.steps[self.position]
-            self.rows.copy_(self.table[self.position])
-            self.current = step
-            output = self._rebuild(original, arguments) if step.rebuild else self._full(original, arguments, step)
+            if self.engine.on_phase is not None:
+                self._warm_up(original, arguments, self.engine.on_phase)
+            output = self._step(original, arguments, self.position)
         except BaseException as error:
             self._failed = f"{type(error).__name__}: {error}"
+            self._finish()
             raise
-        finally:
-            self.current = None
-        self._done.append(step)
+        self._done.append(self.plan.steps[self.position])
         self.position += 1
         if self.position == len(self.plan.steps):
-            self.cache = None  # what follows in a pipeline, the decoder above all, may need the memory
+            self._finish()
         return output
 
+    def _warm_up(self, original: Callable[..., Any], arguments: dict[str, Any], on_phase: Callable[[int, int], None]) -> NoReturn:
+        """Run each phase on the first call's inputs, which compiles it, and leave the run."""
+        assert self.plan is not None
+        phases = [step.phase for step in self.plan.steps]
+        for number, phase in enumerate(self.plan.phases):
+            on_phase(number, len(self.plan.phases))
+            for _ in range(self.engine.calls_to_warm_up):
+                self._step(original, arguments, phases.index(phase))
+        raise WarmedUp
+
+    def _step(self, original: Callable[..., Any], arguments: dict[str, Any], index: int) -> Any:
+        assert self.plan is not None and self.cache is not None
+        step = self.plan.steps[index]
+        self.cache.rows.copy_(self.table[index])
+        for state, group, planned in zip(self.groups, self.plan.groups, step.groups, strict=True):
+            state.set(group, planned, step.branches, self.order)
+        return self._rebuild(original, arguments, step) if step.rebuild else self._full(original, arguments, step)
+
+    def _finish(self) -> None:
+        """Let go of the caches: what follows in a pipeline, the decoder above all, may need the memory."""
+        self.engine.close_gates()
+        self.cache = None
+
     def _full(self, original: Callable[..., Any], arguments: dict[str, Any], step: PlannedStep) -> Any:
-        output = original(**arguments)
+        output = self._forward(original, arguments, step)
         if step.split:
             prediction = self.engine.family.prediction(output)
             uncond, cond = (prediction[branch_rows(self.batch, self.order, (branch,))] for branch in ("uncond", "cond"))
             assert self.plan is not None and self.cache is not None
             radius = min(prediction.shape[-2:]) // self.plan.schedule.radius_divisor
-            self._op(ops.cfg_split, self.cache.low, self.cache.high, uncond, cond, radius)
+            ops.cfg_split(self.cache.low, self.cache.high, uncond, cond, radius)
         return output
 
-    def _rebuild(self, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    def _forward(self, original: Callable[..., Any], arguments: dict[str, Any], step: PlannedStep) -> Any:
+        assert self.plan is not None
+        return self.engine.forward(original, arguments, (self.order, self.planned.format, self.plan.groups, step.phase))
+
+    def _rebuild(self, original: Callable[..., Any], arguments: dict[str, Any], step: PlannedStep) -> Any:
         family = self.engine.family
         rows = branch_rows(self.batch, self.order, ("cond",))
-        output = original(**family.narrow(arguments, self.batch, rows))
+        output = self._forward(original, family.narrow(arguments, self.batch, rows), step)
         cond = family.prediction(output)
         assert self.cache is not None
         both = torch.empty((self.batch, *cond.shape[1:]), dtype=cond.dtype, device=cond.device)
-        self._op(ops.cfg_reconstruct, both, cond, self.cache.low, self.cache.high, self.rows[-1], int(rows.start > 0))
+        ops.cfg_reconstruct(both, cond, self.cache.low, self.cache.high, self.cache.rows[-1], int(rows.start > 0))
         return family.with_prediction(output, both)
 
-    def site(self, index: int, original: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        """At a site: blend the cached outputs, or compute and store the rows that a later step will read."""
-        group = self.site_group[index]
-        if group is None:
-            return original(*args, **kwargs)
-        assert self.current is not None and self.cache is not None
-        planned, row = self.current.groups[group], self.rows[group]
-        if planned.blend:
-            outputs = tuple(ring.blend(self._op, row) for ring in self.cache.rings(index, self.current.branches))
-            return outputs if len(outputs) > 1 else outputs[0]
-        output = original(*args, **kwargs)
-        if planned.push:
-            computed = output if isinstance(output, tuple) else (output,)
-            for ring, tensor in zip(self.cache.rings(index, planned.push), computed, strict=True):
-                ran = self.order if len(self.current.branches) == 2 else "none"
-                ring.push(self._op, tensor[branch_rows(tensor.shape[0], ran, planned.push)], row)
-        return output
-
-    def _op(self, op: Callable[..., Any], *args: Any) -> Any:
-        self._used.add(op.__name__)
-        return op(*args)
+    def _ops_run(self) -> set[str]:
+        """Names of the ops that the steps made so far have called."""
+        kind = "ring" if self.planned.format == "model" else "packed"
+        ran = set()
+        for step in self._done:
+            ran |= {f"{kind}_blend" for group in step.groups if group.blend} | {f"{kind}_push" for group in step.groups if group.push}
+            ran |= ({"cfg_split"} if step.split else set()) | ({"cfg_reconstruct"} if step.rebuild else set())
+        return ran
 
     def summary(self, note: str | None) -> Summary:
         assert self.plan is not None
-        engine, device = self.engine, self.rows.device
-        implementations = {op: ops.implementations()[op][device.type] for op in sorted(self._used)}
+        engine, device = self.engine, self._first_key[-1]
+        implementations = {op: ops.implementations()[op][device.type] for op in sorted(self._ops_run())}
         notes = [note] if note else []
         notes += self._notes
+        compiled = "" if engine.graphs is None else engine.graphs.describe()
         if self.position < len(self.plan.steps) and note is None:
             notes.append(f"stopped after {self.position} of {len(self.plan.steps)} steps")
         notes += ops.fallback_reasons()
@@ -350,6 +426,6 @@ class Run:
             model=type(engine.model).__name__, family=engine.family.name, schedule=self.plan.schedule.name, guidance=self.order,
             steps=len(self.plan.steps), steps_done=self.position, sites=count_sites(self.plan, engine.sites, self._done),
             cache_format=self.planned.format, cache_bytes_planned=self.planned.bytes, cache_bytes=self.cache_bytes,
-            implementations=implementations, notes=notes,
+            implementations=implementations, compiled=compiled, notes=notes,
             chart=self.plan.schedule.chart() if self.plan.guidance else self.plan.schedule.chart().splitlines()[0], _count_flops=count,
         )  # fmt: skip

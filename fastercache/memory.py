@@ -26,16 +26,26 @@ FORMATS: tuple[CacheFormat, ...] = get_args(CacheFormat)
 DIFFERENCE_BITS = {"int8": 8, "int8-int4": 4}
 PACKED_TAPS = 2
 
-RunOp = Callable[..., Any]
-"""`run(op, *args)` calls an op and takes note of it."""
+
+def branch_half(order: BranchOrder, have: Sequence[Branch], wanted: Sequence[Branch]) -> int | None:
+    """Which half of rows that belong to `have`, in the order of the batch, belongs to `wanted`; `None` where all do."""
+    if len(wanted) == len(have):
+        return None
+    return int((wanted[0] == "cond") == (order == "uncond-first"))
+
+
+def half(tensor: torch.Tensor, which: int | None, dim: int = 0) -> torch.Tensor:
+    """That half of a dimension, as a view; all of it for `None`."""
+    if which is None:
+        return tensor
+    size = tensor.shape[dim] // 2
+    return tensor.narrow(dim, which * size, size)
 
 
 def branch_rows(rows: int, order: BranchOrder, branches: Sequence[Branch]) -> slice:
-    """Which of `rows` (a batch, or a multiple of one) belong to the given branches."""
-    if order == "none" or len(branches) == 2:
-        return slice(0, rows)
-    first = branches[0] == ("uncond" if order == "uncond-first" else "cond")
-    return slice(0, rows // 2) if first else slice(rows // 2, rows)
+    """Which of `rows` of the whole batch, or a multiple of it, belong to the given branches."""
+    which = None if order == "none" else branch_half(order, ("cond", "uncond"), branches)
+    return slice(0, rows) if which is None else slice(which * (rows // 2), (which + 1) * (rows // 2))
 
 
 @dataclass(frozen=True)
@@ -161,7 +171,7 @@ class CacheBudget:
 
 
 class ModelRing:
-    """Outputs in the model's dtype, lossless: `[slots, rows, ...]`."""
+    """Outputs in the model's dtype, lossless: `[slots, rows, ...]`. `which` half of the rows a call is about: see `half`."""
 
     def __init__(self, tensor: torch.Tensor):
         self.tensor = tensor
@@ -172,14 +182,11 @@ class ModelRing:
         slots = torch.empty(layout.bytes, dtype=torch.uint8, device=device).view(plan.dtype).view(plan.slots, -1)
         return cls(slots[:, : math.prod(plan.shape)].view(plan.slots, *plan.shape))
 
-    def narrow(self, rows: slice) -> ModelRing:
-        return ModelRing(self.tensor[:, rows])
+    def push(self, x: torch.Tensor, row: torch.Tensor, which: int | None) -> None:
+        ops.ring_push(half(self.tensor, which, 1), x, row)
 
-    def push(self, run: RunOp, x: torch.Tensor, row: torch.Tensor) -> None:
-        run(ops.ring_push, self.tensor, x, row)
-
-    def blend(self, run: RunOp, row: torch.Tensor) -> torch.Tensor:
-        return run(ops.ring_blend, self.tensor, row)
+    def blend(self, row: torch.Tensor, which: int | None) -> torch.Tensor:
+        return ops.ring_blend(half(self.tensor, which, 1), row)
 
 
 class PackedRing:
@@ -195,42 +202,37 @@ class PackedRing:
         tensor = torch.empty(plan.layout.bytes, dtype=torch.uint8, device=device)
         return cls(tensor[: math.prod(lines) * row].view(*lines, row), channels, plan.bits, plan.dtype)
 
-    def narrow(self, rows: slice) -> PackedRing:
-        return PackedRing(self.tensor[rows], self.channels, self.bits, self.dtype)
+    def push(self, x: torch.Tensor, row: torch.Tensor, which: int | None) -> None:
+        ops.packed_push(half(self.tensor, which), x, self.bits)
 
-    def push(self, run: RunOp, x: torch.Tensor, row: torch.Tensor) -> None:
-        run(ops.packed_push, self.tensor, x, self.bits)
-
-    def blend(self, run: RunOp, row: torch.Tensor) -> torch.Tensor:
-        out = torch.empty((*self.tensor.shape[:-1], self.channels), dtype=self.dtype, device=self.tensor.device)
-        return run(ops.packed_blend, self.tensor, row, out, self.bits)
+    def blend(self, row: torch.Tensor, which: int | None) -> torch.Tensor:
+        ring = half(self.tensor, which)
+        out = torch.empty((*ring.shape[:-1], self.channels), dtype=self.dtype, device=ring.device)
+        return ops.packed_blend(ring, row, out, self.bits)
 
 
 Ring = ModelRing | PackedRing
 
 
 class Cache:
-    """The tensors of a `CachePlan` on a device."""
+    """The tensors of a `CachePlan` on a device, and `rows` coefficient rows: what ops read and write while a run lasts, all static."""
 
-    def __init__(self, plan: CachePlan, order: BranchOrder, device: torch.device):
-        self.order = order
+    def __init__(self, plan: CachePlan, rows: int, device: torch.device):
+        self.plan, self.device = plan, device
+        self.rows = torch.zeros((rows, ops.ROW_SIZE), device=device)
         kind = ModelRing if plan.format == "model" else PackedRing
-        self._rings: dict[int, list[tuple[RingPlan, Ring]]] = {}
+        self._rings: dict[int, list[Ring]] = {}
         for ring in plan.rings:
-            self._rings.setdefault(ring.site, []).append((ring, kind.allocate(ring, device)))
+            self._rings.setdefault(ring.site, []).append(kind.allocate(ring, device))
         shape = plan.maps if plan.maps is not None else (0,)
         self.low, self.high = (torch.empty(shape, dtype=plan.maps_dtype, device=device) for _ in range(2))
 
-    def rings(self, site: int, branches: Sequence[Branch]) -> list[Ring]:
-        """The rings of a site, one for each tensor it gives, narrowed to the rows of `branches`."""
-        narrowed = []
-        for plan, ring in self._rings[site]:
-            order: BranchOrder = self.order if len(plan.branches) == 2 else "none"
-            narrowed.append(ring.narrow(branch_rows(plan.shape[0], order, branches)))
-        return narrowed
+    def rings(self, site: int) -> tuple[Ring, ...]:
+        """The rings of a site, one for each tensor it gives; none where nothing of it is kept."""
+        return tuple(self._rings.get(site, ()))
 
     @property
     def bytes(self) -> int:
         """As allocated."""
-        rings = (ring.tensor for kept in self._rings.values() for _, ring in kept)
+        rings = (ring.tensor for kept in self._rings.values() for ring in kept)
         return sum(tensor.untyped_storage().nbytes() for tensor in (*rings, self.low, self.high))

@@ -1,7 +1,8 @@
 """From a schedule to what the engine does: which outputs are kept, in which slot, and when they are read.
 
-Pure Python, decided before the first step. The plan stores only what a later step will read: where the schedule never blends the
-unconditional branch, its features are not cached at all.
+Pure Python, decided before the first step. Kept is what a later step reads: where the schedule never blends the unconditional branch, its
+features are not cached at all. A phase, though, does the same on each of its steps, so that one compiled graph serves it: if one of its
+steps stores an output, all do.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from fastercache.triton_kernels.row import ROW_SIZE, Row
 
 Branch = str
 """`cond` or `uncond`."""
+Phase = tuple[tuple[Branch, ...], tuple[bool, ...]]
+"""The branches that run, and for each group whether it blends."""
 
 
 @dataclass(frozen=True)
 class GroupStep:
-    """What the sites of one group do at one step: blend, or compute and store the rows of `push`."""
+    """What the sites of one group do at one step: blend, or compute and store the rows of `push`. The same on all steps of a phase."""
 
     blend: bool
     push: tuple[Branch, ...]
@@ -38,7 +41,7 @@ class PlannedStep:
     high: float
 
     @property
-    def phase(self) -> tuple[tuple[Branch, ...], tuple[bool, ...]]:
+    def phase(self) -> Phase:
         """What distinguishes one graph from another: the branches that run and the groups that blend."""
         return self.branches, tuple(group.blend for group in self.groups)
 
@@ -101,7 +104,8 @@ def make_plan(schedule: Schedule, guidance: bool) -> Plan:
         ("cond",) if not guidance or step.branches == "cond" else ("cond", "uncond") for step in schedule.steps
     ]
     rebuild = [guidance and step.branches == "cond" for step in schedule.steps]
-    planned = [_plan_group(schedule, selector, branches) for selector in schedule.selectors]
+    phases = [(branches[i], tuple(selector in step.reuse for selector in schedule.selectors)) for i, step in enumerate(schedule.steps)]
+    planned = [_plan_group(schedule, selector, branches, phases) for selector in schedule.selectors]
     steps = []
     for i, step in enumerate(schedule.steps):
         split = guidance and not rebuild[i] and i + 1 < len(rebuild) and rebuild[i + 1]
@@ -110,7 +114,9 @@ def make_plan(schedule: Schedule, guidance: bool) -> Plan:
     return Plan(schedule, guidance, tuple(group for group, _ in planned), tuple(steps))
 
 
-def _plan_group(schedule: Schedule, selector: str, branches: list[tuple[Branch, ...]]) -> tuple[Group, list[GroupStep]]:
+def _plan_group(
+    schedule: Schedule, selector: str, branches: list[tuple[Branch, ...]], phases: list[Phase]
+) -> tuple[Group, list[GroupStep]]:
     needed: list[set[Branch]] = [set() for _ in schedule.steps]
     history: list[int] = []
     for i, step in enumerate(schedule.steps):
@@ -119,6 +125,9 @@ def _plan_group(schedule: Schedule, selector: str, branches: list[tuple[Branch, 
                 needed[source].update(branches[i])
         else:
             history.append(i)
+    stored: dict[Phase, set[Branch]] = {}
+    for phase, wanted in zip(phases, needed, strict=True):
+        stored.setdefault(phase, set()).update(wanted)
 
     slots = max((len(step.taps) for step in schedule.steps if selector in step.reuse), default=0)
     rows: list[GroupStep] = []
@@ -132,8 +141,8 @@ def _plan_group(schedule: Schedule, selector: str, branches: list[tuple[Branch, 
             for tap, coefficient in enumerate(step.taps):
                 row[Row.COEFFICIENT + tap] = float(coefficient)
                 row[Row.READ_SLOT + tap] = float(filled[-1 - tap])
-        elif needed[i]:
-            push = tuple(branch for branch in ("cond", "uncond") if branch in needed[i])
+        elif stored[phases[i]]:
+            push = tuple(branch for branch in ("cond", "uncond") if branch in stored[phases[i]])
             filled.append(len(filled) % slots)
             row[Row.WRITE_SLOT] = float(filled[-1])
         rows.append(GroupStep(blend, push, tuple(row)))

@@ -28,7 +28,8 @@ class Summary:
 
     steps, steps_done: planned and made calls of the denoiser. cache_format: "model", "int8" or "int8-int4" (`fastercache.memory`).
     cache_bytes_planned, cache_bytes: before the run and as allocated.
-    implementations: of each op that ran, such as `{"ring_blend": "C++"}`. notes: what fell back and why, and what went wrong.
+    implementations: of each op that ran, such as `{"ring_blend": "C++"}`. compiled: the graphs of the model, if it is compiled.
+    notes: what fell back and why, and what went wrong.
     """
 
     model: str
@@ -42,6 +43,7 @@ class Summary:
     cache_bytes_planned: int = 0
     cache_bytes: int = 0
     implementations: dict[str, str] = field(default_factory=dict)
+    compiled: str = ""
     notes: list[str] = field(default_factory=list)
     chart: str = ""
     _count_flops: Callable[[], RunFlops] | None = field(default=None, repr=False)
@@ -73,6 +75,8 @@ class Summary:
         lines.append(f"cache: {self.cache_bytes / 1e6:.1f} MB in {stored} (planned {self.cache_bytes_planned / 1e6:.1f} MB)")
         if self.implementations:
             lines.append("ops: " + ", ".join(f"{op} in {how}" for op, how in self.implementations.items()))
+        if self.compiled:
+            lines.append(f"compiled: {self.compiled}")
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(line for line in lines if line)
 

@@ -20,10 +20,10 @@ def latte(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
     return model.to(dtype).eval().requires_grad_(False)
 
 
-def cogvideox(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
+def cogvideox(dtype: torch.dtype = torch.float64, seed: int = 0, layers: int = 2) -> nn.Module:
     torch.manual_seed(seed)
     model = CogVideoXTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=2, out_channels=2, time_embed_dim=8, text_embed_dim=12, num_layers=2,
+        num_attention_heads=2, attention_head_dim=8, in_channels=2, out_channels=2, time_embed_dim=8, text_embed_dim=12, num_layers=layers,
         sample_width=6, sample_height=10, sample_frames=9, patch_size=2, temporal_compression_ratio=4, max_text_seq_length=5,
     )  # fmt: skip
     with torch.no_grad():  # diffusers starts some projections at zero, which would hide a wrong branch

@@ -50,6 +50,10 @@ class Family(ABC):
     def prediction_shape(self, model: nn.Module, arguments: Mapping[str, Any]) -> torch.Size:
         """Shape of the prediction for these arguments; dimension 0 is the batch, the last two are a latent plane."""
 
+    def block_of(self, site: Site) -> str:
+        """Path of the repeated block that a site lies in: "blocks.3" of "blocks.3.attn.proj"."""
+        return ".".join(site.path.split(".")[:2])
+
     def config(self, model: nn.Module) -> Any:
         """The model's configuration, as its class keeps it."""
         return model.config

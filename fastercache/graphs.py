@@ -1,0 +1,166 @@
+"""One compiled graph for each phase of a schedule: torch.compile with nothing decided inside.
+
+Dynamo keeps the graphs of a function with the function's code object, and takes a change of phase for a recompilation of it. So each graph
+gets a code object of its own: a copy of `_forward`, whose phase never changes. What does change from step to step, the coefficients, is
+read from tensors.
+"""
+
+from __future__ import annotations
+
+import logging
+import types
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from fastercache.errors import CompileError
+from fastercache.patching import ForwardPatch
+
+logger = logging.getLogger("fastercache")
+
+MOST_SHAPES = 4
+"""Sets of input shapes whose graphs are kept; beyond that the oldest set is dropped."""
+
+
+@dataclass(frozen=True)
+class GraphOptions:
+    """`backend`, `mode`: as torch.compile has them. `regional`: compile the repeated block, once for all layers, not the whole model."""
+
+    backend: str | Callable[..., Any]
+    mode: str | None = None
+    regional: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.backend, str) and self.backend not in torch._dynamo.list_backends(exclude_tags=()):
+            raise CompileError(f"backend is {self.backend!r}; torch.compile has {', '.join(torch._dynamo.list_backends())}")
+        if self.mode is not None and self.mode not in torch._inductor.list_mode_options():
+            raise CompileError(f"mode is {self.mode!r}; torch.compile has {', '.join(torch._inductor.list_mode_options())}")
+        if self.regional and self.cuda_graphs:
+            raise CompileError(
+                f"regional=True with mode={self.mode!r}: a CUDA graph replays fixed addresses, and every layer has weights of its own; "
+                "pass regional=False, or a mode without CUDA graphs ('default', 'max-autotune-no-cudagraphs')"
+            )
+
+    @property
+    def cuda_graphs(self) -> bool:
+        return self.mode in ("reduce-overhead", "max-autotune")
+
+
+def input_signature(arguments: Mapping[str, Any]) -> tuple[Hashable, ...]:
+    """What the graphs of a call depend on: shape, dtype and device of tensors, and the value of everything else."""
+    return tuple((name, _described(value)) for name, value in arguments.items())
+
+
+def _described(value: Any) -> Hashable:
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.dtype, value.device
+    if isinstance(value, (list, tuple, dict)):
+        leaves, structure = tree_flatten(value)
+        return str(structure), tuple(map(_described, leaves))
+    return repr(value)
+
+
+def _forward(forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    return forward(*args, **kwargs)
+
+
+class PhaseGraphs:
+    """The compiled forwards of one model, by its inputs' shapes, by phase and, where they are regional, by kind of block.
+
+    blocks: the repeated blocks, patched where the graphs are regional.
+    """
+
+    def __init__(self, model: nn.Module, options: GraphOptions, blocks: Iterable[nn.Module]):
+        self.model, self.options = model, options
+        self._graphs: OrderedDict[Hashable, dict[Hashable, Callable[..., Any]]] = OrderedDict()
+        self._current: tuple[Hashable, Hashable] | None = None
+        self._blocks = [_BlockGraph(self, block) for block in blocks] if options.regional else []
+
+    def __len__(self) -> int:
+        """Graphs compiled and kept."""
+        return sum(len(graphs) for graphs in self._graphs.values())
+
+    def describe(self) -> str:
+        """For people."""
+        backend = self.options.backend if isinstance(self.options.backend, str) else "a backend of your own"
+        what = "one a phase and kind of block" if self.options.regional else "one a phase"
+        return f"{len(self)} graphs by {backend}{f', mode {self.options.mode}' if self.options.mode else ''}, {what}"
+
+    def set_kinds(self, kinds: Iterable[Hashable]) -> None:
+        """Say, for each block, what tells it from blocks that need another graph."""
+        for block, kind in zip(self._blocks, kinds, strict=False):
+            block.kind = type(block.block), kind
+
+    def call(self, forward: Callable[..., Any], shapes: Hashable, phase: Hashable, arguments: dict[str, Any]) -> Any:
+        """Run the model's `forward` in a phase, for inputs of `shapes`; compiles what is not compiled yet.
+
+        Raises:
+            CompileError: the model cannot be traced as one graph; names what torch stumbled on.
+        """
+        self._current = shapes, phase
+        try:
+            if self.options.regional:
+                return forward(**arguments)
+            if not self.options.cuda_graphs:
+                return self.graph(None)(forward, (), arguments)
+            # The next replay overwrites this one's outputs, which a sampler may keep for its next step.
+            torch.compiler.cudagraph_mark_step_begin()
+            return tree_map_only(torch.Tensor, torch.Tensor.clone, self.graph(None)(forward, (), arguments))
+        except torch._dynamo.exc.Unsupported as error:
+            reason = str(error).strip().splitlines()
+            raise CompileError(
+                f"{type(self.model).__name__} does not compile as one graph: {reason[0] if reason else error!r}; "
+                f"backend=None runs it without graphs. What torch says:\n{error}"
+            ) from error
+        finally:
+            self._current = None
+
+    def graph(self, kind: Hashable) -> Callable[..., Any]:
+        """The compiled forward of a kind of block, or of the whole model (`None`), in the current phase."""
+        assert self._current is not None
+        shapes, phase = self._current
+        if shapes not in self._graphs:
+            while len(self._graphs) >= MOST_SHAPES:
+                dropped, graphs = self._graphs.popitem(last=False)
+                logger.warning("dropped %d graphs, compiled for inputs %s: %d other kinds are in use", len(graphs), dropped, MOST_SHAPES)
+            self._graphs[shapes] = {}
+        graphs = self._graphs[shapes]
+        if (phase, kind) not in graphs:
+            code = _forward.__code__.replace(co_name=f"phase_{len(graphs)}")
+            function = types.FunctionType(code, _forward.__globals__, code.co_name)
+            logger.info("compiling graph %d, for inputs %s", len(graphs) + 1, shapes)
+            graphs[phase, kind] = torch.compile(
+                function, fullgraph=True, dynamic=False, backend=self.options.backend, mode=self.options.mode
+            )
+        return graphs[phase, kind]
+
+    def detach(self) -> None:
+        """Take the patches out of the blocks and drop all graphs."""
+        for block in self._blocks:
+            block.patch.remove()
+        self._graphs.clear()
+
+    @property
+    def in_step(self) -> bool:
+        return self._current is not None
+
+
+class _BlockGraph:
+    """Stands around one repeated block: runs the graph of its kind."""
+
+    def __init__(self, graphs: PhaseGraphs, block: nn.Module):
+        self.graphs, self.block = graphs, block
+        self.kind: Hashable = None
+        self.patch = ForwardPatch(block, self)
+
+    def __call__(self, original: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        if not self.graphs.in_step:
+            return original(*args, **kwargs)
+        # The first layer often gets a transposed view where the others get what a layer gives: one copy a step saves a graph a phase.
+        args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.contiguous, (args, kwargs))
+        return self.graphs.graph(self.kind)(original, args, kwargs)

@@ -1,0 +1,261 @@
+"""Compiled phases: how many graphs there are, that nothing is compiled twice or read back, and that they compute what eager steps do.
+
+Most tests use torch's "eager" and "aot_eager" backends: tracing and guards are those of every backend, and take seconds.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+import weakref
+
+import pytest
+import torch
+from models import MODELS, arguments, cogvideox, latte
+from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastercache
+from fastercache import CompileError, RunError, Schedule, Step, policies
+
+STEPS = 12
+BLOCK_KINDS = {"latte": 2, "cogvideox": 1}
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """No graph of another test, and any recompilation is an error."""
+    torch._dynamo.reset()
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+    torch._dynamo.reset()
+
+
+def sample(model, steps=STEPS, rows=4, seed=0):
+    """Predictions of one run, each step's input made from the last one's output."""
+    inputs, outputs = arguments(model, rows, seed), []
+    for _ in range(steps):
+        prediction = model(**inputs)[0]
+        outputs.append(prediction)
+        latents = inputs["hidden_states"]
+        inputs = inputs | {
+            "hidden_states": latents - 0.1 * (prediction[:, : latents.shape[1]] if latents.shape != prediction.shape else prediction)
+        }
+    return torch.stack(outputs)
+
+
+def cached(model, **options):
+    return fastercache.compile(model, options.pop("schedule", "paper"), steps=STEPS, cfg="uncond-first", **options)
+
+
+def graphs_of(model):
+    return len(model._fastercache_engine.graphs)
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("regional", [False, True])
+@pytest.mark.parametrize("policy, phases", [("paper", 3), ("plain", 3), ("dynamic-only", 2), ("cfg-only", 2), ("none", 1)])
+def test_one_graph_for_each_phase(family, regional, policy, phases):
+    """And for each kind of block, where they are regional; no other prompt, seed or run adds one."""
+    expected = sample(cached(MODELS[family](), schedule=policy))
+    counter = CompileCounter()
+    model = cached(MODELS[family](), schedule=policy, backend=counter, regional=regional)
+    for seed in (0, 1, 2):
+        outputs = sample(model, seed=seed)
+        if seed == 0:
+            torch.testing.assert_close(outputs, expected, rtol=1e-10, atol=1e-12)
+    assert counter.frame_count == graphs_of(model) == phases * (BLOCK_KINDS[family] if regional else 1)
+    assert f"{counter.frame_count} graphs by" in str(fastercache.summary(model))
+
+
+def test_layers_that_the_schedule_treats_alike_share_a_graph():
+    counter = CompileCounter()
+    schedule = Schedule((Step(), Step(), *(Step("both", ("joint[1:]",), (1.5, -0.5)) for _ in range(STEPS - 2))))
+    model = cached(cogvideox(layers=4), schedule=schedule, backend=counter, regional=True)
+    sample(model)
+    assert counter.frame_count == 2 * 2  # two phases; the first layer, which is never reused, and the others
+
+
+@pytest.mark.parametrize("format", ["model", "int8"])
+def test_inductor_is_as_near_to_eager_cached_as_uncached(format):
+    """Error of the compiled run against the eager one, held against what compiling does to the untouched model."""
+    if format != "model" and fastercache.ops.packed_missing(torch.device("cpu")):
+        pytest.skip("packed caches need the C++ library")
+    untouched = latte(torch.float32)
+    exact = untouched(**arguments(untouched, 4))[0]
+    compiling = (torch.compile(untouched, fullgraph=True)(**arguments(untouched, 4))[0] - exact).abs().max()
+    eager = cached(latte(torch.float32), cache_format=format)
+    compiled = cached(latte(torch.float32), cache_format=format, backend="inductor", regional=True)
+    inputs = arguments(eager, 4)
+    pairs = [(eager(**inputs)[0], compiled(**inputs)[0]) for _ in range(STEPS)]
+    errors = [float((a - b).abs().max()) for a, b in pairs]
+    if format == "model":
+        assert max(errors) <= 3 * float(compiling) + 1e-12
+    else:  # a code that is halfway between two may fall either way: one step of 127
+        assert max(errors) <= 0.05 * float(exact.abs().max())
+
+
+class DeviceReads(TorchDispatchMode):
+    """Counts what would make a host wait for a GPU."""
+
+    READS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.reads = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name() in self.READS or func._schema.name in self.READS:
+            self.reads.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_no_tensor_is_read_inside_a_run(family):
+    """In eager mode, which the dispatcher sees step by step; a read inside a graph would break it, and graphs are full."""
+    model = cached(MODELS[family]())
+    inputs = arguments(model, 4)
+    with DeviceReads() as mode:
+        for _ in range(STEPS):
+            model(**inputs)
+    assert mode.reads == []
+    with DeviceReads() as mode:
+        torch.ones(1).item()
+    assert mode.reads == ["aten::_local_scalar_dense"]
+
+
+def test_other_shapes_get_graphs_of_their_own_and_the_oldest_go(caplog):
+    counter = CompileCounter()
+    model = cached(latte(), backend=counter, regional=False)
+    for rows in (2, 4, 2, 4):
+        sample(model, rows=rows)
+    # Rows of both branches and of one: 2, 4 and 1, 2; the single-branch inputs of 4 are not those of the full steps of 2.
+    assert counter.frame_count == graphs_of(model) == 6
+    with caplog.at_level(logging.WARNING, logger="fastercache"):
+        for rows in (6, 8):
+            sample(model, rows=rows)
+    assert "dropped" in caplog.text
+    assert graphs_of(model) < counter.frame_count == 12
+
+
+def test_another_step_count_reuses_the_graphs():
+    counter = CompileCounter()
+    model = latte()
+    fastercache.compile(model, backend=counter)
+    for steps in (STEPS, 20, 31):
+        with fastercache.run(model, steps=steps, cfg="uncond-first"):
+            sample(model, steps)
+    assert counter.frame_count == 3
+
+
+def test_weights_of_another_dtype_get_graphs_of_their_own():
+    counter = CompileCounter()
+    model = cached(latte(torch.float32), backend=counter)
+    sample(model)
+    model.to(torch.bfloat16)
+    assert sample(model).dtype == torch.bfloat16
+    model.to(torch.float32)
+    expected = sample(cached(latte(torch.float32).to(torch.bfloat16).to(torch.float32)))
+    torch.testing.assert_close(sample(model), expected)
+    assert counter.frame_count == 6
+
+
+def test_warmup_compiles_all_phases_and_leaves_nothing_else():
+    counter = CompileCounter()
+    model = cached(latte(), backend=counter)
+    expected = sample(cached(latte()))
+    assert fastercache.warmup(model, progress=False, **arguments(model, 4)) is model
+    assert counter.frame_count == 3 and "no run has ended" in str(fastercache.summary(model))
+    torch.testing.assert_close(sample(model), expected, rtol=1e-10, atol=1e-12)
+    assert counter.frame_count == 3
+    with pytest.raises(CompileError, match="nothing to warm up"):
+        fastercache.warmup(cached(latte()), **arguments(model, 4))
+
+
+def test_a_model_that_does_not_compile_says_what_torch_stumbled_on():
+    model = latte()
+    forward = type(model.transformer_blocks[0]).forward
+
+    class Block(type(model.transformer_blocks[0])):
+        def forward(self, *args, **kwargs):
+            torch._dynamo.graph_break()
+            return forward(self, *args, **kwargs)
+
+    model.transformer_blocks[0].__class__ = Block
+    cached(model, backend="eager")
+    with pytest.raises(CompileError, match=r"does not compile as one graph: .*(?s:.*)graph_break"):
+        sample(model)
+    fastercache.restore(model)
+    sample(cached(model))
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"backend": "fast"}, "backend is 'fast'; torch.compile has .*inductor"),
+        ({"backend": "inductor", "mode": "quick"}, "mode is 'quick'; torch.compile has .*reduce-overhead"),
+        ({"mode": "reduce-overhead"}, "without a backend"),
+        ({"regional": True}, "without a backend"),
+        ({"backend": "inductor", "mode": "reduce-overhead", "regional": True}, "a CUDA graph replays fixed addresses"),
+    ],
+)
+def test_options_that_cannot_be(wrong, message):
+    model = latte()
+    with pytest.raises(CompileError, match=message):
+        cached(model, **wrong)
+    cached(model)
+
+
+def test_caches_stay_in_place_until_released_and_restore_frees_all():
+    model = cached(latte(), backend="eager", regional=True)
+    sample(model)
+    engine = model._fastercache_engine
+    cache = weakref.ref(engine._kept)
+    sample(model, seed=1)
+    assert engine._kept is cache()
+    fastercache.release(model)
+    gc.collect()
+    assert cache() is None
+    first = sample(model)
+    graphs = weakref.ref(engine.graphs)
+    fastercache.restore(model)
+    del engine
+    gc.collect()
+    assert graphs() is None
+    torch.testing.assert_close(sample(cached(model)), first, rtol=1e-10, atol=1e-12)
+
+
+def test_two_compiled_models_in_two_threads():
+    models = [cached(latte(seed=seed), backend="eager") for seed in (0, 1)]
+    expected = [sample(model) for model in models]
+    found: dict[int, torch.Tensor] = {}
+
+    def work(index):
+        with torch.no_grad():
+            found[index] = torch.stack([sample(models[index]) for _ in range(5)])
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(found[index][n], expected[index]) for index in (0, 1) for n in range(5))
+
+
+def test_an_error_in_a_compiled_run_leaves_nothing_behind():
+    model = latte()
+    fastercache.compile(model, backend="eager")
+    with fastercache.run(model, steps=STEPS, cfg="uncond-first"):
+        fresh_run = sample(model)
+    with pytest.raises(RunError, match="batch of 3"), fastercache.run(model, steps=STEPS, cfg="uncond-first"):
+        sample(model, 1, rows=3)
+    with fastercache.run(model, steps=STEPS, cfg="uncond-first"):
+        sample(model, 5, seed=3)
+    with fastercache.run(model, steps=STEPS, cfg="uncond-first"):
+        assert torch.equal(sample(model), fresh_run)
+
+
+def test_policies_have_few_phases():
+    for name in policies.BY_NAME:
+        assert len(fastercache.plan.make_plan(policies.get(name)(50, True), True).phases) <= 4
