@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/version.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "../cuda/launch.h"
@@ -34,6 +35,23 @@ void check_size(const Tensor& tensor, int64_t expected, const char* name) {
   STD_TORCH_CHECK(tensor.numel() == expected, name, " has ", tensor.numel(), " elements, expected ", expected);
 }
 
+void check_device(const Tensor& tensor, const Tensor& ring, const char* name) {
+  STD_TORCH_CHECK(
+      ring.is_cuda() && tensor.is_cuda() && tensor.get_device_index() == ring.get_device_index(), name, " and ring must be on one GPU");
+}
+
+// Returns the number of elements in each of the ring's slots.
+int64_t check_slots(const Tensor& ring) {
+  int64_t elements = 1;
+  for (int64_t d = ring.dim() - 1; d > 0; --d) {
+    STD_TORCH_CHECK(ring.size(d) == 1 || ring.stride(d) == elements, "each slot of ring must be contiguous");
+    elements *= std::max<int64_t>(ring.size(d), 1);  // torch counts an empty dimension as 1 in strides
+  }
+  STD_TORCH_CHECK(ring.dim() > 0 && ring.size(0) > 0, "ring must have at least one slot");
+  STD_TORCH_CHECK(ring.size(0) == 1 || ring.stride(0) >= elements, "the slots of ring must not overlap");
+  return ring.numel() / ring.size(0);
+}
+
 cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
@@ -49,16 +67,15 @@ void check_launch(cudaError_t error, const Tensor& x) {
 }
 
 void ring_push(Tensor ring, Tensor x, Tensor row) {
-  check_size(x, ring.size(0) ? ring.numel() / ring.size(0) : 0, "x");
+  check_size(x, check_slots(ring), "x");
   const auto element = int(x.element_size());
   STD_TORCH_CHECK(element == 2 || element == 4 || element == 8, "x has elements of ", element, " bytes, expected 2, 4 or 8");
   STD_TORCH_CHECK(ring.scalar_type() == x.scalar_type(), "x and ring differ in dtype");
   STD_TORCH_CHECK(
       row.scalar_type() == ScalarType::Float && row.numel() == ROW_SIZE && row.is_contiguous(),
       "row must be ", ROW_SIZE, " contiguous float32 values");
-  STD_TORCH_CHECK(
-      x.get_device_index() == ring.get_device_index() && row.is_cuda() && row.get_device_index() == ring.get_device_index(),
-      "ring, x and row must be on one device");
+  check_device(x, ring, "x");
+  check_device(row, ring, "row");
   const DeviceGuard guard(ring.get_device_index());
   check_launch(
       launch_ring_push(
@@ -76,7 +93,7 @@ void packed_push(Tensor ring, Tensor x, int64_t bits) {
   STD_TORCH_CHECK(
       reinterpret_cast<uintptr_t>(ring.data_ptr()) % PACKED_ALIGNMENT == 0, "ring must begin at a multiple of ", PACKED_ALIGNMENT,
       " bytes, as new tensors and their rows do");
-  STD_TORCH_CHECK(x.get_device_index() == ring.get_device_index(), "ring and x must be on one device");
+  check_device(x, ring, "x");
   const DeviceGuard guard(ring.get_device_index());
   const auto push = [&](auto type) {
     auto* to = static_cast<uint8_t*>(ring.data_ptr());
