@@ -21,9 +21,9 @@ __device__ float largest_of_lanes(float mine) {
 }
 
 // Each block of 128 channels is quantized by 8 lanes of a warp, 16 channels each, or with 4 bits by 4 lanes, 32 channels each: then every
-// access to the payload has 16 bytes. The registers this takes, at most 72 and 104 a thread for 16-bit x, leave room for 896 and 512 threads
-// on a multiprocessor. Their loads of x and the newest output, 48 and 96 bytes a thread, all issued at the start, keep more than twice the
-// 18 KB under way that ring_push.cu argues for.
+// access to the payload has 16 bytes. The registers this takes, at most 72 and 104 a thread, leave room for 896 and 512 threads on a
+// multiprocessor. Their loads of x and the newest output, 48 and 96 bytes a thread for 16-bit x, all issued at the start, keep more than
+// twice the 18 KB under way that ring_push.cu argues for.
 //
 // A lane reads and replaces its own bytes alone, and a block's first lane its scales, so no lane sees what another has already replaced.
 // WIDE: the channels of x lie side by side, in rows that begin and end at multiples of 16 bytes.

@@ -9,8 +9,8 @@ namespace {
 
 constexpr int THREADS = 256;
 
-// Accesses that each thread has in flight. An H100 moves 25 GB/s to and from each of its 132 multiprocessors and answers after about 700 ns:
-// 18 KB must be under way in each. 4 x 16 bytes for 2048 threads are 128 KB, so a quarter of the threads is enough.
+// Accesses that each thread has in flight. An H100 moves 25 GB/s to and from each of its 132 multiprocessors and answers after about 700
+// ns: 18 KB must be under way in each. 4 x 16 bytes for 2048 threads are 128 KB, so a quarter of the threads is enough.
 constexpr int ACCESSES = 4;
 
 struct Contiguous {

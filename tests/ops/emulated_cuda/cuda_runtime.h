@@ -1,7 +1,7 @@
 // Stands in for CUDA's header of this name, so that a C++ compiler takes the .cu files as they are and a launch runs on the CPU.
 //
-// Lanes of a warp are fibers that take turns: each runs until it meets a shuffle, where it leaves its value and waits for the others. A lane
-// that traps goes no further, and the launch fails. What only a GPU has is not shown: parallel warps, coalescing, the order of memory.
+// Lanes of a warp are fibers that take turns: each runs until it meets a shuffle, where it leaves its value and waits for the others. A
+// lane that traps goes no further, and the launch fails. What only a GPU has is not shown: parallel warps, coalescing, the order of memory.
 #pragma once
 
 #include <ucontext.h>
