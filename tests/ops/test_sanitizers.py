@@ -22,12 +22,13 @@ FLAGS = ["-std=c++20", "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanit
 
 
 @pytest.fixture(scope="module")
-def compiler() -> list[str]:
+def compiler(tmp_path_factory) -> list[str]:
     """The command that compiles with sanitizers; skips where the compiler or their libraries are missing."""
     if shutil.which(COMPILER) is None:
         pytest.skip(f"there is no compiler {COMPILER}")
     command = [COMPILER, *FLAGS]
-    probe = subprocess.run([*command, "-x", "c++", "-", "-o", os.devnull], input="int main() {}", capture_output=True, text=True)
+    out = str(tmp_path_factory.mktemp("probe") / "probe")
+    probe = subprocess.run([*command, "-x", "c++", "-", "-o", out], input="int main() {}", capture_output=True, text=True)
     if probe.returncode:
         pytest.skip(f"{COMPILER} cannot link the sanitizers: {probe.stderr.strip()}")
     return command
@@ -55,6 +56,11 @@ def test_kernels(kernels, arguments):
 @needs_cpp
 def test_entry_points(compiler, tmp_path):
     """The library with sanitizers, in a copy of the package that has it in place of the installed one."""
+    # Python itself has no sanitizer: their library has to be there before it, and libstdc++ for them to see exceptions thrown.
+    names = ("libasan.so", "libstdc++.so")
+    preloaded = [subprocess.run([compiler[0], f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip() for name in names]
+    if not all(Path(path).is_file() for path in preloaded):
+        pytest.skip(f"{compiler[0]} does not say where {' and '.join(names)} lie")
     package = tmp_path / "fastercache"
     package.mkdir()
     for path in Path(fastercache.__file__).parent.iterdir():
@@ -64,14 +70,9 @@ def test_entry_points(compiler, tmp_path):
     places = [flag for path in include_paths() for flag in ("-isystem", path)] + [f"-L{path}" for path in library_paths()]
     flags = ["-fPIC", "-shared", "-DTORCH_STABLE_ONLY", *places]
     compiled(compiler, *flags, str(CSRC / "bindings" / "ops.cpp"), "-ltorch_cpu", "-o", str(package / "_ops.so"))
-
-    def library(name: str) -> str:
-        return subprocess.run([compiler[0], f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-
-    # Python itself has no sanitizer: their library has to be there before it, and libstdc++ for them to see exceptions thrown.
     fuzz(
         tmp_path / "call.txt",
-        LD_PRELOAD=f"{library('libasan.so')} {library('libstdc++.so')}",
+        LD_PRELOAD=" ".join(preloaded),
         ASAN_OPTIONS="detect_leaks=0:allocator_may_return_null=1",
         PYTHONPATH=str(tmp_path),
     )
