@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._prims_common import make_contiguous_strides_for
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from fastercache.errors import CompileError
@@ -63,6 +64,12 @@ def _described(value: Any) -> Hashable:
         leaves, structure = tree_flatten(value)
         return str(structure), tuple(map(_described, leaves))
     return repr(value)
+
+
+def _in_plain_strides(x: torch.Tensor) -> torch.Tensor:
+    """Contiguous, and where a dimension has one element, with the stride it would have in a new tensor: Dynamo guards that, too."""
+    x = x.contiguous()
+    return x.as_strided(x.shape, make_contiguous_strides_for(x.shape)) if 1 in x.shape else x
 
 
 def _forward(forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -162,5 +169,5 @@ class _BlockGraph:
         if not self.graphs.in_step:
             return original(*args, **kwargs)
         # The first layer often gets a transposed view where the others get what a layer gives: one copy a step saves a graph a phase.
-        args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.contiguous, (args, kwargs))
+        args, kwargs = tree_map_only(torch.Tensor, _in_plain_strides, (args, kwargs))
         return self.graphs.graph(self.kind)(original, args, kwargs)

@@ -77,6 +77,13 @@ def test_layers_that_the_schedule_treats_alike_share_a_graph():
     assert counter.frame_count == 2 * 2  # two phases; the first layer, which is never reused, and the others
 
 
+def test_strides_of_a_single_row_do_not_matter():
+    """CogVideoX gives its first layer a slice, whose one row on single-branch steps has the stride of the whole."""
+    counter = CompileCounter()
+    sample(cached(cogvideox(layers=3), backend=counter, regional=True), rows=2)
+    assert counter.frame_count == 3
+
+
 @pytest.mark.parametrize("format", ["model", "int8"])
 def test_inductor_is_as_near_to_eager_cached_as_uncached(format):
     """Error of the compiled run against the eager one, held against what compiling does to the untouched model."""
