@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench sanitize clean
 
 demo: $(STAMP)
 	$(BIN)/fastercache demo --out out/demo
@@ -22,6 +22,10 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest bench/test_ops.py --benchmark-only
+
+# Fuzzes the C++ code longer than the tests do, with another seed each time.
+sanitize: $(STAMP)
+	FASTERCACHE_FUZZ_SECONDS=60 FASTERCACHE_FUZZ_SEED=$$(date +%s) $(BIN)/python -m pytest tests/ops/test_sanitizers.py tests/ops/test_fuzz.py
 
 # The package is built against the torch that is there (--no-build-isolation), and the constraint keeps pip from replacing it.
 $(STAMP): $(SOURCES)

@@ -30,7 +30,7 @@ BITS = (0, 4, 8)
 """Of a difference's codes; 0 keeps no difference, which one tap needs none of."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-ROWS = 16  # a program's: 2,048 elements, 16 for each of 128 threads, one 128-bit load of codes
+THREADS = 128  # of a program
 
 
 def _aligned(size: int) -> int:
@@ -88,7 +88,7 @@ def _quantize(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     blocks = _blocks(x)
     largest = blocks.abs().amax(-1)
     usable = (largest > 1e-30) & largest.isfinite()
-    inverse = torch.where(usable, largest_code / largest, 0).unsqueeze(-1)
+    inverse = torch.where(usable, torch.full_like(largest, largest_code) / largest, 0).unsqueeze(-1)  # a number over a tensor rounds twice
     codes = torch.where(inverse > 0, blocks * inverse, 0).round().to(torch.int8)
     return codes.flatten(-2)[..., : x.shape[-1]], largest / largest_code
 
@@ -152,11 +152,29 @@ def reference_packed_blend_add(x: torch.Tensor, gate: torch.Tensor, ring: torch.
 
 
 @triton.jit
+def program_tile(channels, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The program's rows, `[ROWS, 1]`, and its block. Neighbouring programs take neighbouring blocks, which lie side by side in memory."""
+    blocks = tl.cdiv(channels, BLOCK)
+    program = tl.program_id(0)
+    return (program // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None], program % blocks
+
+
+@triton.jit
 def packed_sum(
-    ring, row, line, lines, channels, line_bytes, difference, newest_scales, difference_scales, BITS: tl.constexpr, BLOCK: tl.constexpr
+    ring,
+    row,
+    line,
+    block,
+    lines,
+    channels,
+    line_bytes,
+    difference,
+    newest_scales,
+    difference_scales,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """The blend of rows `line` (`[ROWS, 1]`) in the program's block of channels, `[ROWS, BLOCK]`; 0 outside."""
-    block = tl.program_id(1)
+    """The blend of rows `line` (`[ROWS, 1]`) in one block of channels, `[ROWS, BLOCK]`; 0 beyond `lines`, anything beyond `channels`."""
     start = ring + line * line_bytes
     taps = tl.load(row + TAPS)
     first = tl.where(taps > 0, tl.load(row + COEFFICIENT), 0.0)
@@ -174,7 +192,8 @@ def packed_sum(
             codes = tl.load(start + difference + channel, mask=wanted & (channel < channels), other=0).to(tl.int8, bitcast=True)
         else:
             pair = block * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
-            pairs = tl.load(start + difference + pair, mask=wanted & (2 * pair < channels), other=0)
+            # What fills up the part is read with it: a mask at the last channel would hide that codes lie side by side, in 16 bytes.
+            pairs = tl.load(start + difference + pair, mask=wanted & (pair < newest_scales - difference), other=0)
             low, high = (pairs & 0xF).to(tl.int32), (pairs >> 4).to(tl.int32)
             codes = tl.interleave((low ^ 8) - 8, (high ^ 8) - 8)  # 4 bits, sign extended
         total -= (second * scale) * codes.to(tl.float32)
@@ -196,9 +215,9 @@ def packed_blend_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    line = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    total = packed_sum(ring, row, line, lines, channels, line_bytes, difference, newest_scales, difference_scales, BITS, BLOCK)
-    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    line, block = program_tile(channels, ROWS, BLOCK)
+    total = packed_sum(ring, row, line, block, lines, channels, line_bytes, difference, newest_scales, difference_scales, BITS, BLOCK)
+    channel = block * BLOCK + tl.arange(0, BLOCK)[None, :]
     tl.store(out + line * channels + channel, total.to(out.dtype.element_ty), mask=(line < lines) & (channel < channels))
 
 
@@ -222,9 +241,9 @@ def packed_blend_add_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    line = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    total = packed_sum(ring, row, line, lines, channels, line_bytes, difference, newest_scales, difference_scales, BITS, BLOCK)
-    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    line, block = program_tile(channels, ROWS, BLOCK)
+    total = packed_sum(ring, row, line, block, lines, channels, line_bytes, difference, newest_scales, difference_scales, BITS, BLOCK)
+    channel = block * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = (line < lines) & (channel < channels)
     pointers = x + strided_offset(line, sizes, x_strides) + channel
     factor = tl.load(gate + strided_offset(line, sizes, gate_strides) + channel * gate_step, mask=inside)
@@ -232,21 +251,23 @@ def packed_blend_add_kernel(
     tl.store(pointers, value.to(x.dtype.element_ty), mask=inside)
 
 
-def _launch_shape(tensor: torch.Tensor, bits: int) -> tuple[PackedRow, int, tuple[int, int]]:
+def _launch_shape(tensor: torch.Tensor, bits: int) -> tuple[PackedRow, int, int, tuple[int]]:
+    """The layout and number of rows, how many a program takes (each thread then has one 16-byte load of a difference's codes), the grid."""
     row = PackedRow(tensor.shape[-1], bits)
     lines = tensor.numel() // row.channels
-    return row, lines, (triton.cdiv(lines, ROWS), row.blocks)
+    rows = THREADS * (32 if bits == 4 else 16) // BLOCK
+    return row, lines, rows, (triton.cdiv(lines, rows) * row.blocks,)
 
 
 def triton_packed_blend(out: torch.Tensor, ring: torch.Tensor, row: torch.Tensor, bits: int) -> None:
     """Launches the kernel; arguments as in `fastercache.ops.packed_blend`, taken as valid."""
     if out.numel() == 0:
         return
-    layout, lines, grid = _launch_shape(out, bits)
+    layout, lines, rows, grid = _launch_shape(out, bits)
     with on_device_of(out):
         packed_blend_kernel[grid](
             out, ring, row, lines, layout.channels, layout.bytes, layout.difference, layout.newest_scales, layout.difference_scales,
-            BITS=bits, ROWS=ROWS, BLOCK=BLOCK,
+            BITS=bits, ROWS=rows, BLOCK=BLOCK, num_warps=THREADS // 32,
         )  # fmt: skip
 
 
@@ -254,13 +275,13 @@ def triton_packed_blend_add(x: torch.Tensor, gate: torch.Tensor, ring: torch.Ten
     """Launches the kernel; arguments as in `fastercache.ops.packed_blend_add`, taken as valid."""
     if x.numel() == 0:
         return
-    layout, lines, grid = _launch_shape(x, bits)
+    layout, lines, rows, grid = _launch_shape(x, bits)
     gate = gate.expand(x.shape)
     sizes, x_strides, gate_strides = collapse(x.shape[:-1], x.stride()[:-1], gate.stride()[:-1])
     with on_device_of(x):
         packed_blend_add_kernel[grid](
             x, gate, ring, row, lines, layout.channels, layout.bytes, layout.difference, layout.newest_scales, layout.difference_scales,
-            sizes, x_strides, gate_strides, gate.stride(-1), BITS=bits, ROWS=ROWS, BLOCK=BLOCK,
+            sizes, x_strides, gate_strides, gate.stride(-1), BITS=bits, ROWS=rows, BLOCK=BLOCK, num_warps=THREADS // 32,
         )  # fmt: skip
 
 

@@ -54,6 +54,30 @@ void check_size(const Tensor& tensor, int64_t expected, const char* name) {
   STD_TORCH_CHECK(tensor.numel() == expected, name, " has ", tensor.numel(), " elements, expected ", expected);
 }
 
+void check_like(const Tensor& tensor, const Tensor& like, const char* name) {
+  bool same = tensor.dim() == like.dim() && tensor.scalar_type() == like.scalar_type();
+  for (int64_t d = 0; same && d < like.dim(); ++d) same = tensor.size(d) == like.size(d);
+  STD_TORCH_CHECK(same, name, " must have the shape and dtype of the tensor it goes with");
+}
+
+// A map of CFG-Cache for values like `like`: as many elements, contiguous, in the type that those are computed in.
+void check_map(const Tensor& map, const Tensor& like, const char* name) {
+  check_size(map, like.numel(), name);
+  const auto expected = like.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(map.scalar_type() == expected && map.is_contiguous(), name, " must be contiguous, and float64 for float64, else float32");
+}
+
+// Each slot of a ring contiguous, and no two overlapping.
+void check_ring(const Tensor& ring) {
+  STD_TORCH_CHECK(ring.dim() >= 1 && ring.size(0) >= 1, "a ring must be [slots, ...] with at least one slot");
+  int64_t elements = 1;
+  for (int64_t d = ring.dim() - 1; d > 0; --d) {
+    STD_TORCH_CHECK(ring.size(d) <= 1 || ring.stride(d) == elements, "each slot of a ring must be contiguous");
+    elements *= std::max<int64_t>(ring.size(d), 1);  // as torch counts an empty dimension in strides
+  }
+  STD_TORCH_CHECK(ring.size(0) == 1 || ring.stride(0) >= elements, "the slots of a ring must not overlap");
+}
+
 const float* row_data(const Tensor& row) {
   STD_TORCH_CHECK(
       row.scalar_type() == ScalarType::Float && row.numel() == ROW_SIZE && row.is_contiguous(),
@@ -66,7 +90,10 @@ int64_t slot_index(float value, int64_t slots) {
   return int64_t(value);
 }
 
-int64_t slot_size(const Tensor& ring) { return ring.size(0) ? ring.numel() / ring.size(0) : 0; }
+int64_t slot_size(const Tensor& ring) {
+  check_ring(ring);
+  return ring.numel() / ring.size(0);
+}
 
 template <class T>
 Taps<T> read_taps(const Tensor& ring, const Tensor& row_tensor) {
@@ -86,18 +113,22 @@ StridedWalk<N> walk(const Tensor& shape, const std::array<const int64_t*, N>& st
   return StridedWalk<N>(int(shape.dim()), shape.sizes().data(), strides);
 }
 
-// The strides of `tensor` broadcast to `dims` dimensions: 0 wherever it has one element.
-std::vector<int64_t> broadcast_strides(const Tensor& tensor, int64_t dims) {
+// The strides of `tensor` broadcast to the shape of `like`: 0 wherever it has one element.
+std::vector<int64_t> broadcast_strides(const Tensor& tensor, const Tensor& like) {
+  const int64_t dims = like.dim();
   std::vector<int64_t> strides(size_t(dims), 0);
   const int64_t missing = dims - tensor.dim();
   STD_TORCH_CHECK(missing >= 0, "gate has ", tensor.dim(), " dimensions, more than x with ", dims);
-  for (int64_t d = 0; d < tensor.dim(); ++d)
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    STD_TORCH_CHECK(tensor.size(d) == 1 || tensor.size(d) == like.size(missing + d), "gate does not broadcast to x");
     if (tensor.size(d) != 1) strides[size_t(missing + d)] = tensor.stride(d);
+  }
   return strides;
 }
 
 void ring_push(Tensor ring, Tensor x, Tensor row) {
   check_size(x, slot_size(ring), "x");
+  STD_TORCH_CHECK(x.scalar_type() == ring.scalar_type(), "x and ring differ in dtype");
   const int64_t slot = slot_index(row_data(row)[ROW_WRITE_SLOT], ring.size(0));
   const auto source = walk<1>(x, {x.strides().data()});
   const auto copy = [&](auto type) {
@@ -136,7 +167,7 @@ void ring_blend(Tensor out, Tensor ring, Tensor row) {
 void ring_blend_add(Tensor x, Tensor gate, Tensor ring, Tensor row) {
   check_size(x, slot_size(ring), "x");
   STD_TORCH_CHECK(x.scalar_type() == ring.scalar_type(), "x and ring differ in dtype");
-  const auto gate_strides = broadcast_strides(gate, x.dim());
+  const auto gate_strides = broadcast_strides(gate, x);
   const auto both = walk<2>(x, {x.strides().data(), gate_strides.data()});
   dispatch(x.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
@@ -169,6 +200,7 @@ PackedLines packed_lines(const Tensor& ring, const Tensor& values, int64_t bits)
   STD_TORCH_CHECK(bits == 0 || bits == 4 || bits == 8, "bits is ", bits, ", expected 0, 4 or 8");
   STD_TORCH_CHECK(values.dim() >= 1 && values.size(values.dim() - 1) >= 1, "expected [..., channels] with at least one channel");
   STD_TORCH_CHECK(ring.scalar_type() == ScalarType::Byte && ring.is_contiguous(), "a packed ring must be contiguous uint8");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(ring.const_data_ptr()) % PACKED_ALIGNMENT == 0, "a packed ring must be aligned to 16 bytes");
   const int64_t channels = values.size(values.dim() - 1), bytes = PackedRow{channels, int(bits)}.bytes();
   const int64_t lines = values.numel() / channels;
   check_size(ring, lines * bytes, "ring");
@@ -183,9 +215,10 @@ void dispatch_packed(ScalarType dtype, F&& call) {
   });
 }
 
-PackedTaps read_packed_taps(const Tensor& row_tensor) {
+PackedTaps read_packed_taps(const Tensor& row_tensor, int64_t bits) {
   const float* row = row_data(row_tensor);
-  STD_TORCH_CHECK(row[ROW_TAPS] >= 0 && row[ROW_TAPS] <= 2, "the row uses ", row[ROW_TAPS], " taps, a packed ring holds 2");
+  const int taps = bits ? 2 : 1;
+  STD_TORCH_CHECK(row[ROW_TAPS] >= 0 && row[ROW_TAPS] <= taps, "the row uses ", row[ROW_TAPS], " taps, a packed ring of these bits holds ", taps);
   const bool both = row[ROW_TAPS] > 1;
   const float first = row[ROW_TAPS] > 0 ? row[ROW_COEFFICIENT] : 0, second = both ? row[ROW_COEFFICIENT + 1] : 0;
   return {both, first + second, -second};
@@ -221,7 +254,7 @@ void packed_push(Tensor ring, Tensor x, int64_t bits) {
 
 void packed_blend(Tensor out, Tensor ring, Tensor row, int64_t bits) {
   const PackedLines shape = packed_lines(ring, out, bits);
-  const PackedTaps taps = read_packed_taps(row);
+  const PackedTaps taps = read_packed_taps(row, bits);
   STD_TORCH_CHECK(out.is_contiguous(), "out must be contiguous");
   dispatch_packed(out.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
@@ -236,8 +269,8 @@ void packed_blend(Tensor out, Tensor ring, Tensor row, int64_t bits) {
 
 void packed_blend_add(Tensor x, Tensor gate, Tensor ring, Tensor row, int64_t bits) {
   const PackedLines shape = packed_lines(ring, x, bits);
-  const PackedTaps taps = read_packed_taps(row);
-  const auto gate_strides = broadcast_strides(gate, x.dim());
+  const PackedTaps taps = read_packed_taps(row, bits);
+  const auto gate_strides = broadcast_strides(gate, x);
   STD_TORCH_CHECK(shape.channels == 1 || x.stride(x.dim() - 1) == 1, "x must be contiguous in the last dimension");
   dispatch_packed(x.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
@@ -261,10 +294,11 @@ void cfg_split(Tensor low, Tensor high, Tensor uncond, Tensor cond, int64_t radi
   const int64_t dims = uncond.dim();
   STD_TORCH_CHECK(dims >= 2, "uncond has ", dims, " dimensions, expected [..., H, W]");
   const int64_t height = uncond.size(dims - 2), width = uncond.size(dims - 1), plane = height * width;
-  STD_TORCH_CHECK(radius >= 0 && 2 * radius < std::min(height, width), "radius ", radius, " is too large for ", height, " x ", width);
-  check_size(cond, uncond.numel(), "cond");
-  check_size(low, uncond.numel(), "low");
-  check_size(high, uncond.numel(), "high");
+  const int64_t side = std::min(height, width);
+  STD_TORCH_CHECK(radius >= 0 && radius < side && 2 * radius < side, "radius ", radius, " is too large for ", height, " x ", width);
+  check_like(cond, uncond, "cond");
+  check_map(low, uncond, "low");
+  check_map(high, uncond, "high");
   const auto both = walk<2>(uncond, {uncond.strides().data(), cond.strides().data()});
   dispatch(uncond.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
@@ -288,8 +322,9 @@ void cfg_split(Tensor low, Tensor high, Tensor uncond, Tensor cond, int64_t radi
 void cfg_reconstruct(Tensor out, Tensor cond, Tensor low, Tensor high, Tensor row, int64_t cond_half) {
   const int64_t half = cond.numel();
   check_size(out, 2 * half, "out");
-  check_size(low, half, "low");
-  check_size(high, half, "high");
+  STD_TORCH_CHECK(out.scalar_type() == cond.scalar_type() && out.is_contiguous(), "out must be contiguous and of the dtype of cond");
+  check_map(low, cond, "low");
+  check_map(high, cond, "high");
   STD_TORCH_CHECK(cond_half == 0 || cond_half == 1, "cond_half is ", cond_half, ", expected 0 or 1");
   const float* weights = row_data(row);
   const auto source = walk<1>(cond, {cond.strides().data()});
@@ -313,8 +348,9 @@ void cfg_reconstruct(Tensor out, Tensor cond, Tensor low, Tensor high, Tensor ro
 
 void cfg_guide(Tensor out, Tensor cond, Tensor low, Tensor high, Tensor row, Tensor scale) {
   check_size(out, cond.numel(), "out");
-  check_size(low, cond.numel(), "low");
-  check_size(high, cond.numel(), "high");
+  STD_TORCH_CHECK(out.scalar_type() == cond.scalar_type() && out.is_contiguous(), "out must be contiguous and of the dtype of cond");
+  check_map(low, cond, "low");
+  check_map(high, cond, "high");
   STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float && scale.numel() == 1, "scale must be one float32 value");
   const float* weights = row_data(row);
   const auto source = walk<1>(cond, {cond.strides().data()});

@@ -104,10 +104,12 @@ FASTERCACHE_INLINE void blend_packed_row(const uint8_t* packed, int64_t channels
         for (int i = 0; i < count; ++i) values[i] += d * float(codes[i]);
       } else {
         const uint8_t* codes = difference + begin / 2;
-        for (int i = 0; i < count; ++i) {
-          const int code = (codes[i / 2] >> (4 * (i & 1))) & 0xF;
-          values[i] += d * float((code ^ 8) - 8);  // 4 bits, sign extended
+        alignas(64) int8_t halves[PACKED_BLOCK];  // sign extended by the shift back; in a loop of its own, which vectorises
+        for (int i = 0; i < (count + 1) / 2; ++i) {
+          halves[2 * i] = int8_t(int8_t(codes[i] << 4) >> 4);
+          halves[2 * i + 1] = int8_t(int8_t(codes[i]) >> 4);
         }
+        for (int i = 0; i < count; ++i) values[i] += d * float(halves[i]);
       }
     }
     write(begin, count, values);

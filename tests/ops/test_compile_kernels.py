@@ -76,10 +76,7 @@ def test_registers_and_shared_memory_suffice(compiled, case):
         assert result["shared"] <= SHARED, result
 
 
-BY_BYTES = pytest.mark.xfail(strict=True, reason="the mask of packed_sum does not show that codes of 4 bits lie side by side")
-
-
-@pytest.mark.parametrize("case", [pytest.param(case, marks=BY_BYTES if "4 bits" in case else ()) for case in EXPECTED])
+@pytest.mark.parametrize("case", EXPECTED)
 def test_payload_moves_16_bytes_at_a_time(compiled, case):
     """All that is narrower are float32 values that many elements share: of the row, scales and gates."""
     _, loads, stores = EXPECTED[case]
