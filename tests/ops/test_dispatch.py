@@ -131,7 +131,7 @@ ERRORS = [
         ValueError,
         "ring begins 1 bytes into its storage, expected a multiple of 16",
     ),
-    ("packed_blend", {"row": make_row([1.0, 2.0, 3.0], [0, 1, 2])}, RuntimeError, "the row uses 3 taps, a packed ring of these bits holds 2"),
+    ("packed_blend", {"row": make_row([1.0, 2.0, 3.0], [0, 1, 2])}, RuntimeError, "uses 3 taps, a packed ring of these bits holds 2"),
     ("packed_blend", {"out": torch.zeros(2, 6, 5).mT}, ValueError, "out has strides|ring has shape"),
     ("packed_blend_add", {"gate": torch.zeros(3, 1, 6)}, ValueError, r"gate has shape \[3, 1, 6\]"),
     ("packed_blend_add", {"x": torch.zeros(1, 5, 6).expand(2, 5, 6)}, ValueError, "expected no broadcast dimension"),
