@@ -22,9 +22,11 @@ import fastercache
 from fastercache import demo as demonstration
 from fastercache import environment, ops, policies, shapes
 from fastercache.errors import FasterCacheError
+from fastercache.memory import FORMATS
 from fastercache.plan import Plan, make_plan
 from fastercache.policies import Policy
 from fastercache.schedule import Schedule, Step
+from fastercache.systems import SYSTEMS, System
 
 app = typer.Typer(
     help="Video diffusion transformers, faster: cached features and guidance.",
@@ -65,7 +67,8 @@ class Dtype(str, Enum):
         return getattr(torch, self.value)
 
 
-ScheduleOption = Annotated[str, typer.Option("--schedule", help=f"A policy ({', '.join(policies.BY_NAME)}) or a schedule's JSON file.")]
+SCHEDULES = f"A policy ({', '.join(policies.BY_NAME)}), a preset ({', '.join(policies.PRESETS)}) or a schedule's JSON file."
+ScheduleOption = Annotated[str, typer.Option("--schedule", help=SCHEDULES)]
 StepsOption = Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps; default: those of the schedule file, or 50.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of the noise.")]
 
@@ -204,20 +207,27 @@ def _arguments(pipeline: str, call: Any, *, frames: int | None, **asked: Any) ->
 @app.command("inspect")
 @_one_line_errors()
 def inspect_schedule(
-    schedule: Annotated[str, typer.Argument(help=f"A policy ({', '.join(policies.BY_NAME)}) or a schedule's JSON file.")],
+    schedule: Annotated[str, typer.Argument(help=SCHEDULES)],
     steps: StepsOption = None,
-    guidance: Annotated[bool, typer.Option("--guidance/--no-guidance", help="With or without classifier-free guidance.")] = True,
+    guidance: Annotated[
+        bool | None,
+        typer.Option("--guidance/--no-guidance", help="With or without classifier-free guidance; default: as the system has it."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The schedule, its phases and savings as JSON.")] = False,
 ) -> None:
-    """Draw a schedule: what each step computes, blends and leaves out."""
+    """Draw a schedule: what each step computes, blends and leaves out; for a preset also what that saves at the published sizes."""
     source = policies.resolve(schedule)
+    system = SYSTEMS[schedule.partition("/")[0]] if schedule in policies.PRESETS else None
+    if guidance is None:
+        guidance = system is None or system.guided
     if isinstance(source, Schedule) and steps not in (None, len(source)):
         _fail(f"{schedule} has {len(source)} steps, not {steps}; leave out --steps, or name a policy")
-    plan = make_plan(source if isinstance(source, Schedule) else source(_steps(source, steps), guidance), guidance)
+    default = 50 if system is None else system.steps
+    plan = make_plan(source if isinstance(source, Schedule) else source(_steps(source, steps, default), guidance), guidance)
     phases, saved = _phases(plan), _saved(plan)
     if as_json:
-        text = f'{{"schedule": {plan.schedule.to_json().strip()},\n"phases": {json.dumps(phases)},\n"skipped": {json.dumps(saved)}}}'
-        typer.echo(text)
+        document = {"schedule": json.loads(plan.schedule.to_json()), "steps": len(plan.steps), "phases": phases, "skipped": saved}
+        typer.echo(json.dumps(document | ({} if system is None else _costs(system, plan)), indent=1))
         return
 
     console.print(f"[bold]{plan.schedule.name}[/bold], {len(plan.steps)} steps, {'with' if guidance else 'without'} guidance\n")
@@ -232,6 +242,8 @@ def inspect_schedule(
     console.print(table)
     for what, share in saved.items():
         console.print(f"skipped  {share['skipped'] / share['of']:>4.0%} of {what} ({share['skipped']} of {share['of']})")
+    if system is not None:
+        _print_costs(system, _costs(system, plan))
 
 
 def _phases(plan: Plan) -> list[dict[str, Any]]:
@@ -256,6 +268,27 @@ def _saved(plan: Plan) -> dict[str, dict[str, int]]:
         computed = sum(len(step.branches) for step in plan.steps if not step.groups[index].blend)
         saved[f"{group.selector} computations"] = {"skipped": total - computed, "of": total}
     return saved
+
+
+def _costs(system: System, plan: Plan) -> dict[str, Any]:
+    """What a run of `plan` costs on a system at its published size; a floating-point operation is half a multiply-accumulate."""
+    uncached, cached = 2 * system.uncached_macs(plan), 2 * system.cached_macs(plan)
+    return {
+        "system": {"name": system.name, "video": system.video, "parameters": system.parameters, "source": system.source},
+        "flops": {"uncached": uncached, "cached": cached},
+        "macs": {"uncached": uncached // 2, "cached": cached // 2},
+        "flops_ratio": uncached / cached,
+        "cache_bytes": {storage: system.cache_bytes(plan, storage) for storage in FORMATS},
+    }
+
+
+def _print_costs(system: System, costs: dict[str, Any]) -> None:
+    console.print(f"\n{system.name}, {system.video} ({system.source})", soft_wrap=True, markup=False)
+    for run, flops in costs["flops"].items():
+        console.print(f"{run:<9}{flops / 1e15:>9.3f} PFLOPs, {costs['macs'][run] / 1e15:.3f} PMACs")
+    console.print(f"ratio    {costs['flops_ratio']:>9.3f}")
+    for storage, size in costs["cache_bytes"].items():
+        console.print(f"cache    {size / 1e9:>9.2f} GB as {storage}")
 
 
 def _chart(plan: Plan) -> Text:
@@ -283,23 +316,31 @@ def _chart(plan: Plan) -> Text:
 
 def _coefficients(steps: Sequence[Step], guidance: bool) -> str:
     """One line for the taps and one for each weight that is not 1 on every step."""
-    lines = []
-    blended = [(number, step) for number, step in enumerate(steps, 1) if step.reuse]
-    plain = [(number, step) for number, step in blended if step.taps == (1.0,)]
-    linear = [(number, -step.taps[1]) for number, step in blended if len(step.taps) == 2 and math.isclose(sum(step.taps), 1.0)]
-    other = [(number, len(step.taps)) for number, step in blended if (number, step) not in plain and number not in dict(linear)]
-    if plain:
-        lines.append(f"blend   A, the newest output unchanged, {_where([number for number, _ in plain])}")
-    if linear:
-        lines.append(f"blend   A + w (A - B), w = {_span([w for _, w in linear])}, {_where([number for number, _ in linear])}")
-    if other:
-        lines.append(f"blend   {_span([count for _, count in other])} taps, {_where([number for number, _ in other])}")
+    lines = _blends("blend  ", [(number, step.taps) for number, step in enumerate(steps, 1) if step.reuse])
+    for selector in dict.fromkeys(selector for step in steps for selector, _ in step.own_taps):
+        own = [(number, step.taps_of(selector)) for number, step in enumerate(steps, 1) if selector in dict(step.own_taps)]
+        lines += _blends(selector, own)
     weights: list[tuple[str, Callable[[Step], float]]] = [("low     w1", lambda step: step.low), ("high    w2", lambda step: step.high)]
     for label, value in weights:
         used = {number: value(step) for number, step in enumerate(steps, 1) if guidance and step.branches == "cond" and value(step) != 1.0}
         if used:
             lines.append(f"{label} = {_span(list(used.values()))}, {_where(list(used))}")
     return "\n".join(lines)
+
+
+def _blends(label: str, taps: Sequence[tuple[int, tuple[float, ...]]]) -> list[str]:
+    """What the numbered steps blend with: one line for each form that their coefficients have."""
+    plain = [number for number, row in taps if row == (1.0,)]
+    linear = {number: -row[1] for number, row in taps if len(row) == 2 and math.isclose(sum(row), 1.0)}
+    other = {number: len(row) for number, row in taps if number not in plain and number not in linear}
+    lines = []
+    if plain:
+        lines.append(f"{label} A, the newest output unchanged, {_where(plain)}")
+    if linear:
+        lines.append(f"{label} A + w (A - B), w = {_span(list(linear.values()))}, {_where(list(linear))}")
+    if other:
+        lines.append(f"{label} {_span(list(other.values()))} taps, {_where(list(other))}")
+    return lines
 
 
 def _span(values: Sequence[float]) -> str:

@@ -121,7 +121,7 @@ def _plan_group(
     history: list[int] = []
     for i, step in enumerate(schedule.steps):
         if selector in step.reuse:
-            for source in history[-len(step.taps) :]:
+            for source in history[-len(step.taps_of(selector)) :]:
                 needed[source].update(branches[i])
         else:
             history.append(i)
@@ -129,7 +129,7 @@ def _plan_group(
     for phase, wanted in zip(phases, needed, strict=True):
         stored.setdefault(phase, set()).update(wanted)
 
-    slots = max((len(step.taps) for step in schedule.steps if selector in step.reuse), default=0)
+    slots = max((len(step.taps_of(selector)) for step in schedule.steps if selector in step.reuse), default=0)
     rows: list[GroupStep] = []
     filled: list[int] = []
     for i, step in enumerate(schedule.steps):
@@ -137,8 +137,9 @@ def _plan_group(
         blend = selector in step.reuse
         push: tuple[Branch, ...] = ()
         if blend:
-            row[Row.TAPS] = float(len(step.taps))
-            for tap, coefficient in enumerate(step.taps):
+            taps = step.taps_of(selector)
+            row[Row.TAPS] = float(len(taps))
+            for tap, coefficient in enumerate(taps):
                 row[Row.COEFFICIENT + tap] = float(coefficient)
                 row[Row.READ_SLOT + tap] = float(filled[-1 - tap])
         elif stored[phases[i]]:

@@ -7,10 +7,12 @@ Each is a plain function whose keyword parameters are the method's; fix some wit
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
 from fastercache.errors import ScheduleError
+from fastercache.presets import OPEN_SORA_MLP, RELEASED, Released
 from fastercache.schedule import Schedule, Step
 
 Policy: TypeAlias = Callable[[int, bool], Schedule]
@@ -91,15 +93,67 @@ def none(steps: int, guidance: bool = True) -> Schedule:
     return Schedule((Step(),) * steps, name="none")
 
 
+def released(steps: int, guidance: bool = True, *, rule: Released, name: str = "released") -> Schedule:
+    """The schedule of an authors' script, with the branches kept apart.
+
+    At the script's own number of calls the counters are its own; at another they are moved in proportion, and the intervals stay. Two
+    things differ from the script, which blends features of one branch into the other: a call that runs both branches after single-branch
+    calls have begun computes every site, and the multipliers of the stored differences are absolute numbers (their running products).
+    """
+    if steps < 1:
+        raise ScheduleError(f"a run has at least one step, not {steps}")
+    scale = steps / rule.calls
+
+    def moved(counter: int) -> int:
+        return rule.first + round((counter - rule.first) * scale)
+
+    last = rule.first + steps - 1
+    low = high = 1.0
+    rows: list[Step] = []
+    computed = 0
+    for counter in range(rule.first, last + 1):
+        full = counter < moved(rule.single_from) or counter % rule.full_every == 0 or (rule.last_full and counter == last)
+        single = guidance and bool(rows) and not full
+        low = low * (rule.low_gain if counter <= moved(rule.low_until) else 1.0) if single else 1.0
+        high = high * (rule.high_gain if counter >= moved(rule.high_from) else 1.0) if single else 1.0
+        w = None if rule.w_floor is None else max(rule.w_floor, rule.w_slope / scale * (counter - moved(rule.w_origin)))
+        taps = (1.0,) if w is None else (1.0 + w, -w)
+        too_old = not single and any(row.branches == "cond" for row in rows)
+        asked = counter >= moved(rule.reuse_from) and counter % rule.compute_every != rule.compute_at
+        reuse = asked and computed >= len(taps) and not too_old
+        sites = ("attention",) if rule.plain_site is None else ("attention", rule.plain_site)
+        rows.append(
+            Step(
+                branches="cond" if single else "both",
+                reuse=sites if reuse else (),
+                taps=taps if reuse else (),
+                low=low,
+                high=high,
+                own_taps=((rule.plain_site, (1.0,)),) if reuse and rule.plain_site is not None else (),
+            )
+        )
+        computed += not reuse
+    return Schedule(tuple(rows), name=name, radius_divisor=rule.radius_divisor)
+
+
 BY_NAME: dict[str, Policy] = {"paper": paper, "plain": plain, "cfg-only": cfg_only, "dynamic-only": dynamic_only, "none": none}
 """The policies that `fastercache.compile(schedule="...")` and the command line know by name."""
 
+PRESETS: dict[str, Policy] = {
+    **{f"{system}/paper": partial(paper, name=f"{system}/paper") for system in RELEASED},
+    **{f"{system}/released": partial(released, rule=rule, name=f"{system}/released") for system, rule in RELEASED.items()},
+    "hunyuan-video/paper": partial(paper, name="hunyuan-video/paper"),
+    "open-sora-1.2/released-mlp": partial(released, rule=OPEN_SORA_MLP, name="open-sora-1.2/released-mlp"),
+}
+"""A system's name and `/paper`, `/released` or `/released-mlp`, known by name like the policies."""
+
 
 def get(name: str) -> Policy:
-    """The policy of that name; `ScheduleError` lists the names."""
-    if name not in BY_NAME:
-        raise ScheduleError(f"unknown policy {name!r}; known are {', '.join(BY_NAME)} (or give a schedule's JSON file)")
-    return BY_NAME[name]
+    """The policy or preset of that name; `ScheduleError` lists the names."""
+    known = BY_NAME | PRESETS
+    if name not in known:
+        raise ScheduleError(f"unknown policy {name!r}; known are {', '.join(known)} (or give a schedule's JSON file)")
+    return known[name]
 
 
 def resolve(schedule: Schedule | Policy | str | Path | None) -> Schedule | Policy:

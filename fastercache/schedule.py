@@ -55,6 +55,7 @@ class Step:
     reuse: selectors of the sites that are not computed but blended from cached outputs (Eq. 5).
     taps: coefficients of the newest computed outputs of those sites, newest first: `(1 + w, -w)` for FasterCache, `(1,)` for plain reuse.
     low, high: weights w1 and w2 of the low- and high-frequency difference on a `cond` step.
+    own_taps: pairs of a selector of `reuse` and its coefficients, for selectors that are not blended with `taps`.
     """
 
     branches: Branches = "both"
@@ -62,6 +63,11 @@ class Step:
     taps: tuple[float, ...] = ()
     low: float = 1.0
     high: float = 1.0
+    own_taps: tuple[tuple[str, tuple[float, ...]], ...] = ()
+
+    def taps_of(self, selector: str) -> tuple[float, ...]:
+        """The coefficients a selector of `reuse` is blended with."""
+        return dict(self.own_taps).get(selector, self.taps)
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,23 @@ class Schedule:
     def without_guidance(self) -> Schedule:
         """The same schedule for a run that has one branch only: feature reuse stays, CFG-Cache goes."""
         return replace(self, steps=tuple(replace(step, branches="both", low=1.0, high=1.0) for step in self.steps))
+
+    def part(self, start: int, stop: int) -> Schedule:
+        """Steps `start` (from 0) up to `stop` (exclusive), for a model that runs no others, such as one of two experts.
+
+        Nothing is read from before them: both branches run until they have, and a site is computed until there are outputs to blend.
+        """
+        rows: list[Step] = []
+        computed = dict.fromkeys(self.selectors, 0)
+        for step in self.steps[start:stop]:
+            branches = step.branches if rows else "both"
+            reuse = tuple(text for text in step.reuse if computed[text] >= len(step.taps_of(text)))
+            weights = (step.low, step.high) if branches == "cond" else (1.0, 1.0)
+            own = tuple(pair for pair in step.own_taps if pair[0] in reuse)
+            rows.append(Step(branches, reuse, step.taps if reuse else (), *weights, own))
+            for text in computed:
+                computed[text] += text not in reuse
+        return replace(self, steps=tuple(rows))
 
     # ---- text ---------------------------------------------------------------------------------------------------------------------
 
@@ -155,6 +178,10 @@ def _step_from(row: Any, where: str) -> Step:
             if not isinstance(values[key], list):
                 raise ScheduleError(f"{where}: {key!r} is {values[key]!r}, not a list")
             values[key] = tuple(values[key])
+    try:
+        values["own_taps"] = tuple((str(selector), tuple(taps)) for selector, taps in values.get("own_taps", ()))
+    except (TypeError, ValueError) as error:
+        raise ScheduleError(f"{where}: 'own_taps' is {values['own_taps']!r}, not a list of pairs [selector, [coefficients]]") from error
     return Step(**values)
 
 
@@ -176,13 +203,21 @@ def _validate(schedule: Schedule) -> tuple[str, ...]:
         where = f"schedule {name!r}, step {number}"
         if step.branches not in ("both", "cond"):
             raise ScheduleError(f"{where}: branches is {step.branches!r}; it must be 'both' or 'cond'")
-        for label, value in (("low", step.low), ("high", step.high), *((f"taps[{k}]", tap) for k, tap in enumerate(step.taps))):
+        for selector, _ in step.own_taps:
+            if selector not in step.reuse:
+                raise ScheduleError(f"{where}: own_taps for {selector!r}, which is not among its reused sites {list(step.reuse)}")
+        blends = [("taps", step.taps), *((f"own_taps of {selector!r}", taps) for selector, taps in step.own_taps)]
+        coefficients = [(f"{label}[{k}]", tap) for label, taps in blends for k, tap in enumerate(taps)]
+        for label, value in (("low", step.low), ("high", step.high), *coefficients):
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise ScheduleError(f"{where}: {label} is {value!r}; coefficients must be finite numbers")
         if bool(step.reuse) != bool(step.taps):
             raise ScheduleError(f"{where}: reuse {list(step.reuse)} with taps {list(step.taps)}; give both or neither")
-        if len(step.taps) > MAX_TAPS:
-            raise ScheduleError(f"{where}: {len(step.taps)} taps; at most {MAX_TAPS} can be blended")
+        for label, taps in blends:
+            if len(taps) > MAX_TAPS:
+                raise ScheduleError(f"{where}: {label} has {len(taps)} coefficients; at most {MAX_TAPS} outputs can be blended")
+            if label != "taps" and not taps:
+                raise ScheduleError(f"{where}: {label} is empty; give at least one coefficient, or leave the selector out of own_taps")
         if step.branches == "cond" and not full_steps:
             raise ScheduleError(f"{where} runs the conditional branch alone, but no earlier step ran both; make step 1 'both'")
         if step.branches == "both" and single_steps and step.reuse:
@@ -192,10 +227,11 @@ def _validate(schedule: Schedule) -> tuple[str, ...]:
             )
         for text in selectors:
             if text in step.reuse:
-                if computed.get(text, 0) < len(step.taps):
+                needed = len(step.taps_of(text))
+                if computed.get(text, 0) < needed:
                     raise ScheduleError(
-                        f"{where} blends {len(step.taps)} outputs of {text!r}, but only {computed.get(text, 0)} were computed before; "
-                        f"let {len(step.taps)} steps compute it first"
+                        f"{where} blends {needed} outputs of {text!r}, but only {computed.get(text, 0)} were computed before; "
+                        f"let {needed} steps compute it first"
                     )
             else:
                 computed[text] = computed.get(text, 0) + 1

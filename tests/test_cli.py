@@ -68,6 +68,25 @@ def test_inspect_json(policy):
     assert sorted(step for phase in document["phases"] for step in phase["steps"]) == list(range(1, 21))
 
 
+def test_inspect_preset_costs():
+    """CogVideoX-2B, released: 11,998 TFLOPs uncached and 7,374 cached for 49 frames (counted from the shapes and the script's counters)."""
+    document = json.loads(run("inspect", "cogvideox-2b/released", "--json").stdout)
+    assert document["steps"] == 50 and [len(phase["steps"]) for phase in document["phases"]]
+    assert document["flops"]["uncached"] == pytest.approx(11_998e12, rel=1e-3)
+    assert document["flops"]["cached"] == pytest.approx(7_374e12, rel=1e-3)
+    assert document["flops_ratio"] == pytest.approx(1.627, rel=1e-3)
+    assert document["cache_bytes"]["model"] <= 4.3e9 and document["cache_bytes"]["int8"] <= 2.2e9
+    output = run("inspect", "cogvideox-2b/released").stdout
+    for words in ("11.998 PFLOPs, 5.999 PMACs", "1.627", "4.10 GB as model", "2.13 GB as int8", "49 frames of 480x720"):
+        assert words in output
+    unguided = run("inspect", "hunyuan-video/paper").stdout
+    assert "without guidance" in unguided and "GB as int8-int4" in unguided
+
+
+def test_inspect_shows_sites_that_are_blended_their_own_way():
+    assert "mlp[14:43] A, the newest output unchanged, on 10 steps" in run("inspect", "open-sora-1.2/released-mlp").stdout
+
+
 def test_inspect_mistakes(tmp_path):
     assert "unknown policy 'papers'" in error_of("inspect", "papers")
     assert "cannot be read" in error_of("inspect", tmp_path / "missing.json")

@@ -37,7 +37,8 @@ def schedules(draw, selectors):
         taps = draw(st.lists(weights, min_size=1, max_size=4))
         allowed = [name for name in chosen if computed[name] >= len(taps)] if branches == "cond" or not single else []
         reuse = tuple(name for name in allowed if draw(st.booleans()))
-        steps.append(Step(branches, reuse, tuple(taps) if reuse else (), draw(weights), draw(weights)))
+        own = ((reuse[-1], tuple(taps[:1])),) if reuse and draw(st.booleans()) else ()
+        steps.append(Step(branches, reuse, tuple(taps) if reuse else (), draw(weights), draw(weights), own))
         for name in chosen:
             computed[name] += name not in reuse
     return Schedule(tuple(steps), name="drawn")
