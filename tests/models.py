@@ -5,8 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import CogVideoXTransformer3DModel, LatteTransformer3DModel
+from diffusers import (
+    AllegroTransformer3DModel,
+    CogVideoXTransformer3DModel,
+    HunyuanVideoTransformer3DModel,
+    LatteTransformer3DModel,
+    LTXVideoTransformer3DModel,
+    MochiTransformer3DModel,
+    WanTransformer3DModel,
+)
 from torch import nn
+
+from bench.architectures import LatteT2V, STDiT3, VchitectXLTransformerModel
 
 
 def latte(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
@@ -26,7 +36,12 @@ def cogvideox(dtype: torch.dtype = torch.float64, seed: int = 0, layers: int = 2
         num_attention_heads=2, attention_head_dim=8, in_channels=2, out_channels=2, time_embed_dim=8, text_embed_dim=12, num_layers=layers,
         sample_width=6, sample_height=10, sample_frames=9, patch_size=2, temporal_compression_ratio=4, max_text_seq_length=5,
     )  # fmt: skip
-    with torch.no_grad():  # diffusers starts some projections at zero, which would hide a wrong branch
+    return ready(model, dtype)
+
+
+def ready(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """For sampling, with no parameter at zero: diffusers starts some projections there, which would hide a wrong branch."""
+    with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return model.to(dtype).eval().requires_grad_(False)
@@ -47,3 +62,133 @@ def arguments(model: nn.Module, rows: int, seed: int = 0) -> dict[str, Any]:
 
 
 MODELS = {"latte": latte, "cogvideox": cogvideox}
+
+
+# ---- one model of each other family, and the arguments of a call with `rows` rows of different values --------------------------------
+
+
+def stdit3(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return ready(STDiT3(hidden_size=16, depth=2, num_heads=2, in_channels=2, caption_channels=12, model_max_length=5), dtype)
+
+
+def latte_t2v(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    model = LatteT2V(
+        num_attention_heads=2, attention_head_dim=8, in_channels=2, out_channels=4, num_layers=2, sample_size=(8, 8), caption_channels=12
+    )  # fmt: skip
+    return ready(model, dtype)
+
+
+def mochi(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    model = MochiTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=8, num_layers=2, pooled_projection_dim=12, in_channels=2, text_embed_dim=16,
+        time_embed_dim=8,
+    )  # fmt: skip
+    return ready(model, dtype)
+
+
+def ltx(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    model = LTXVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16, num_layers=2,
+        caption_channels=12,
+    )  # fmt: skip
+    return ready(model, dtype)
+
+
+def allegro(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    model = AllegroTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=2, out_channels=2, num_layers=2, cross_attention_dim=24,
+        caption_channels=12,
+    )  # fmt: skip
+    return ready(model, dtype)
+
+
+def hunyuan(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    model = HunyuanVideoTransformer3DModel(
+        in_channels=2, out_channels=2, num_attention_heads=2, attention_head_dim=8, num_layers=1, num_single_layers=2, num_refiner_layers=1,
+        text_embed_dim=12, pooled_projection_dim=6, rope_axes_dim=(4, 2, 2),
+    )  # fmt: skip
+    return ready(model, dtype)
+
+
+def wan(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    model = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=2, out_channels=2, text_dim=12, freq_dim=8, ffn_dim=32, num_layers=2
+    )  # fmt: skip
+    return ready(model, dtype)
+
+
+def vchitect(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    model = VchitectXLTransformerModel(
+        sample_size=16, in_channels=2, num_layers=2, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=12,
+        caption_projection_dim=16, pooled_projection_dim=6, out_channels=2, pos_embed_max_size=12,
+    )  # fmt: skip
+    return ready(model, dtype)
+
+
+class Values:
+    """Random tensors in float64, rounded to a dtype: the same values whatever the dtype."""
+
+    def __init__(self, dtype: torch.dtype, seed: int):
+        self.dtype, self.generator = dtype, torch.Generator().manual_seed(seed)
+
+    def __call__(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
+
+
+def mask(rows: int, tokens: int) -> torch.Tensor:
+    """Row i has its first 1 + (i mod tokens) tokens valid."""
+    return (torch.arange(tokens) <= torch.arange(rows)[:, None] % tokens).long()
+
+
+def call(model: nn.Module, rows: int, seed: int = 0) -> dict[str, Any]:
+    """Arguments of `forward`. With guidance in one batch, two rows are one prompt's."""
+    values, name = Values(next(model.parameters()).dtype, seed), type(model).__name__
+    time = torch.full((rows,), 500.0).to(values.dtype)
+    if name == "STDiT3":
+        prompts = max(rows // 2, 1)
+        return {
+            "x": values(rows, 2, 3, 7, 8), "timestep": time, "y": values(rows, 1, 5, 12), "mask": mask(prompts, 5),
+            "x_mask": torch.arange(3).expand(rows, 3) > 0, "fps": torch.full((prompts,), 24.0, dtype=values.dtype),
+            "height": torch.full((prompts,), 56.0), "width": torch.full((prompts,), 64.0),
+        }  # fmt: skip
+    common = {"timestep": time, "return_dict": False}
+    if name == "WanTransformer3DModel":
+        return common | {"hidden_states": values(rows, 2, 3, 8, 6), "encoder_hidden_states": values(rows, 5, 12)}
+    if name == "VchitectXLTransformerModel":
+        return common | {
+            "hidden_states": values(rows, 3, 2, 8, 6), "encoder_hidden_states": values(rows, 5, 12), "pooled_projections": values(rows, 6)
+        }  # fmt: skip
+    if name == "LatteT2V":
+        return common | {
+            "hidden_states": values(rows, 2, 3, 8, 8), "encoder_hidden_states": values(rows, 1, 5, 12),
+            "encoder_attention_mask": mask(rows, 5)[:, None],
+        }  # fmt: skip
+    if name == "LTXVideoTransformer3DModel":
+        return common | {
+            "hidden_states": values(rows, 2 * 6 * 5, 4), "encoder_hidden_states": values(rows, 5, 12),
+            "encoder_attention_mask": mask(rows, 5), "num_frames": 2, "height": 6, "width": 5,
+        }  # fmt: skip
+    texts = {
+        "encoder_hidden_states": values(rows, 5, 16 if name.startswith("Mochi") else 12),
+        "encoder_attention_mask": mask(rows, 5),
+    }
+    if name.startswith("Hunyuan"):
+        texts |= {"pooled_projections": values(rows, 6), "guidance": torch.full((rows,), 6000.0).to(values.dtype)}
+    return common | texts | {"hidden_states": values(rows, 2, 3, 8, 6)}
+
+
+def latents_of(arguments: dict[str, Any]) -> str:
+    return "x" if "x" in arguments else "hidden_states"
+
+
+OTHERS = {"stdit3": stdit3, "latte_t2v": latte_t2v, "mochi": mochi, "ltx": ltx, "allegro": allegro, "hunyuan": hunyuan}
+TWO_CALLS = {"wan": wan, "vchitect": vchitect}
+"""Families whose pipelines call once for each branch."""
