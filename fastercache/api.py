@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from torch import nn
 
 from fastercache import pipelines, policies
@@ -17,7 +18,7 @@ from fastercache.families import BranchOrder, family_of
 from fastercache.graphs import GraphOptions
 from fastercache.memory import CacheBudget, CacheFormat
 from fastercache.policies import Policy
-from fastercache.report import Summary
+from fastercache.report import Summary, combined
 from fastercache.schedule import Schedule
 
 T = TypeVar("T")
@@ -40,9 +41,9 @@ def compile(
 
     target: a diffusers pipeline, whose calls then are runs, or a denoiser (`nn.Module` of a known family).
     schedule: a policy's name (default "paper", see `fastercache.policies`), a policy, a `Schedule`, or the path of its JSON file.
-    steps, cfg: for a denoiser without a pipeline only: every `steps` calls are one run, whose batch is laid out as `cfg` says
-        ("uncond-first", "cond-first", or "none" for no guidance). Without them the model runs uncached, and says so, until
-        `fastercache.run` tells.
+    steps, cfg: for a denoiser without a pipeline only: every `steps` steps are one run, with guidance as `cfg` says: the two halves of a
+        batch ("uncond-first", "cond-first"), two calls a step ("uncond-then-cond", "cond-then-uncond"), or "none". Without them the model
+        runs uncached, and says so, until `fastercache.run` tells.
     cache_format: how the cached outputs are stored: "model" (the model's dtype, lossless), "int8" (half of bfloat16's bytes) or "int8-int4"
         (0.4 of them). None takes the best that fits `max_cache_bytes`: "model" where there is no limit.
     max_cache_bytes: the most bytes the caches may take, on the denoiser's device. Known at a run's first step, when the shapes are; a run
@@ -62,8 +63,15 @@ def compile(
     if pipelines.is_pipeline(target):
         if steps is not None or cfg is not None:
             raise CompileError("a pipeline tells its own step count and guidance; leave out steps= and cfg=")
-        component, model = pipelines.denoiser_of(target)
-        pipelines.attach(target, component, _install(model, rule, None, budget, options))
+        engines: dict[str, Engine] = {}
+        try:
+            for component, model in pipelines.denoisers_of(target).items():
+                engines[component] = _install(model, rule, None, budget, options)
+        except Exception:
+            for engine in engines.values():
+                _remove(engine)
+            raise
+        pipelines.attach(target, engines)
         return target
     if not isinstance(target, nn.Module):
         raise UnsupportedModelError(f"cannot compile a {type(target).__name__}; pass a diffusers pipeline or a denoiser (nn.Module)")
@@ -76,7 +84,7 @@ def compile(
 
 def _spec(steps: int, cfg: BranchOrder) -> RunSpec:
     if not isinstance(steps, int) or steps < 1:
-        raise RunError(f"steps is {steps!r}; it must be the number of denoiser calls in a run, at least 1")
+        raise RunError(f"steps is {steps!r}; it must be the number of steps in a run, at least 1")
     if cfg not in get_args(BranchOrder):
         raise RunError(f"cfg is {cfg!r}; it must be one of {', '.join(map(repr, get_args(BranchOrder)))}")
     return RunSpec(steps, cfg)
@@ -99,21 +107,23 @@ def _install(
     return engine
 
 
-def _engine(target: Any, action: Callable[..., Any]) -> Engine:
-    if pipelines.is_pipeline(target):
-        for part in target.components.values():
-            if hasattr(part, _ENGINE):
-                return getattr(part, _ENGINE)
-    elif hasattr(target, _ENGINE):
-        return getattr(target, _ENGINE)
-    raise CompileError(f"fastercache.{action.__name__}: this {type(target).__name__} is not compiled; call fastercache.compile first")
+def _remove(engine: Engine) -> None:
+    engine.detach()
+    delattr(engine.model, _ENGINE)
+
+
+def _engines(target: Any, action: Callable[..., Any]) -> list[Engine]:
+    parts = target.components.values() if pipelines.is_pipeline(target) else [target]
+    found = [getattr(part, _ENGINE) for part in parts if hasattr(part, _ENGINE)]
+    if not found:
+        raise CompileError(f"fastercache.{action.__name__}: this {type(target).__name__} is not compiled; call fastercache.compile first")
+    return found
 
 
 def restore(target: T) -> T:
     """Give back the original pipeline or denoiser, untouched, and free the caches; returns the same object."""
-    engine = _engine(target, restore)
-    engine.detach()
-    delattr(engine.model, _ENGINE)
+    for engine in _engines(target, restore):
+        _remove(engine)
     if pipelines.is_pipeline(target):
         pipelines.detach(target)
     return target
@@ -129,42 +139,54 @@ def warmup(target: T, *args: Any, progress: bool = True, **kwargs: Any) -> T:
 
     What was compiled before, by another process too, comes from torch's caches on disk (TORCHINDUCTOR_CACHE_DIR).
     """
-    engine = _engine(target, warmup)
-    if engine.graphs is None:
+    engines = _engines(target, warmup)
+    if engines[0].graphs is None:
         raise CompileError("there is nothing to warm up: compile with a backend, as in fastercache.compile(pipe, backend='inductor')")
     with Progress(disable=not progress, transient=True) as bar:
-        task = bar.add_task("compiling phases", total=None)
-        with engine.warming_up(lambda number, phases: bar.update(task, completed=number, total=phases)):
-            target(*args, **kwargs)  # type: ignore[operator]
+        for engine in engines:
+            task = bar.add_task("compiling phases", total=None)
+            with engine.warming_up(partial(_show, bar, task)):
+                target(*args, **kwargs)  # type: ignore[operator]
     return target
+
+
+def _show(bar: Progress, task: TaskID, done: int, phases: int) -> None:
+    bar.update(task, completed=done, total=phases)
 
 
 def release(target: T) -> T:
     """Free the caches of a run that was left before its last step (a finished run has freed its own), and those that a compiled model
     keeps at fixed addresses from run to run; returns the same object."""
-    _engine(target, release).release()
+    for engine in _engines(target, release):
+        engine.release()
     return target
 
 
 @contextmanager
 def disabled(target: Any) -> Iterator[None]:
     """Run uncached inside this block, for comparison."""
-    with _engine(target, disabled).disabled():
+    with ExitStack() as stack:
+        for engine in _engines(target, disabled):
+            stack.enter_context(engine.disabled())
         yield
 
 
 @contextmanager
 def run(model: nn.Module, *, steps: int, cfg: BranchOrder) -> Iterator[None]:
-    """All calls of a compiled denoiser inside are one run of `steps` calls, with batches laid out as `cfg` says (see `compile`)."""
+    """All calls of a compiled denoiser inside are one run of `steps` steps, with guidance laid out as `cfg` says (see `compile`)."""
     spec = _spec(steps, cfg)
-    with _engine(model, run).scope(lambda: spec):
+    with _engines(model, run)[0].scope(lambda: spec):
         yield
 
 
 def summary(target: Any) -> Summary:
     """What the last run did: steps computed, blended and skipped, the cache's bytes, the ops' implementations, and every fallback."""
-    engine = _engine(target, summary)
-    return engine.last or Summary(
+    engines = _engines(target, summary)
+    ran = [engine.last for engine in engines if engine.last is not None]
+    if ran:
+        return ran[0] if len(ran) == 1 else combined(ran)
+    engine = engines[0]
+    return Summary(
         type(engine.model).__name__, engine.family.name, getattr(engine.schedule, "name", getattr(engine.schedule, "__name__", "policy")),
         "not known yet", 0, notes=["no run has ended yet"],
     )  # fmt: skip

@@ -13,7 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NoReturn
 
@@ -25,12 +25,14 @@ from fastercache.errors import FasterCacheWarning, RunError, ScheduleError
 from fastercache.families import BranchOrder, Family, Site
 from fastercache.gates import Gate, GroupState
 from fastercache.graphs import GraphOptions, PhaseGraphs, input_signature
+from fastercache.labels import CallLabels
 from fastercache.memory import Cache, CacheBudget, CachePlan, branch_rows, plan_cache
 from fastercache.patching import ForwardPatch
-from fastercache.plan import Plan, PlannedStep, group_of, make_plan
+from fastercache.plan import Branch, Plan, PlannedStep, group_of, make_plan
 from fastercache.policies import Policy
 from fastercache.report import Summary, count_sites
 from fastercache.schedule import Schedule
+from fastercache.two_calls import BATCH_ORDER, TwoCalls, joined
 
 logger = logging.getLogger("fastercache")
 
@@ -41,10 +43,11 @@ class WarmedUp(Exception):
 
 @dataclass(frozen=True)
 class RunSpec:
-    """How many calls of the denoiser a run has, and how a call's batch is made of branches."""
+    """How many steps a run has, how its calls are made of branches, and which of the steps are this model's (from, to; default: all)."""
 
     steps: int
     order: BranchOrder
+    part: tuple[int, int] | None = None
 
 
 class Engine:
@@ -72,6 +75,7 @@ class Engine:
         self.gates = [Gate() for _ in self.sites]
         self._site_patches = [ForwardPatch(site.module, gate, traced=True) for site, gate in zip(self.sites, self.gates, strict=True)]
         self._model_patch = ForwardPatch(model, self._at_model)
+        self.labels = CallLabels(model)
         # Long enough for any policy that skips at all to do so.
         self._policy_skips = not isinstance(schedule, Schedule) and not schedule(120, True).skips_nothing
         self._kept: Cache | None = None
@@ -87,6 +91,7 @@ class Engine:
             raise RunError("a run is under way; restore the model after it has ended")
         for patch in (self._model_patch, *self._site_patches):
             patch.remove()
+        self.labels.detach()
         if self.graphs is not None:
             self.graphs.detach()
         self._run = self._kept = None
@@ -138,8 +143,8 @@ class Engine:
     # ---- runs -----------------------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def scope(self, describe: Callable[[], RunSpec]) -> Iterator[None]:
-        """All calls of the model inside belong to one run, whose spec is asked for at the first of them."""
+    def scope(self, describe: Callable[[], RunSpec], may_be_idle: bool = False) -> Iterator[None]:
+        """All calls of the model inside belong to one run, whose spec is asked for at the first of them. Without a call, it warns."""
         if self._in_scope:
             where = "this thread" if self._owner == threading.get_ident() else "another thread"
             raise RunError(
@@ -157,7 +162,7 @@ class Engine:
             self._end(f"ended by an error after {self._run.position} steps")
             raise
         else:
-            self._end(None)
+            self._end("idle" if may_be_idle and self._run.plan is None else None)
         finally:
             self._in_scope, self._owner = False, None
 
@@ -262,7 +267,7 @@ class Engine:
         else:
             schedule = self.schedule(spec.steps, guidance)
             asked = self._policy_skips
-        plan = make_plan(schedule, guidance)
+        plan = make_plan(schedule if spec.part is None else schedule.part(*spec.part), guidance)
         if asked and plan.skips_nothing:
             why = "this run has no guidance" if not guidance and spec.steps >= 6 else f"a run of {spec.steps} steps is too short for it"
             self._warn(f"schedule {schedule.name!r} skips nothing here: {why}; the run gains no speed")
@@ -276,6 +281,7 @@ class Run:
         self.engine = engine
         self.position = 0
         self.plan: Plan | None = None
+        self.two_calls: TwoCalls | None = None
         self._describe = describe
         self._done: list[PlannedStep] = []
         self._failed: str | None = None
@@ -294,15 +300,19 @@ class Run:
     def _begin(self, arguments: dict[str, Any]) -> None:
         engine, family = self.engine, self.engine.family
         spec = self._describe()
-        latents = family.latents(arguments)
-        batch, device = latents.shape[0], latents.device
+        self._first_key, self.shapes = self._key(arguments), flops.shapes_only(arguments)
+        if spec.order in BATCH_ORDER:
+            self.two_calls = TwoCalls(self, spec.order)
+            arguments = joined(family, arguments)
+        order = BATCH_ORDER.get(spec.order, spec.order)
+        batch, device = family.latents(arguments).shape[0], self._first_key[2]
         if spec.order != "none" and batch % 2:
             raise RunError(
                 f"a batch of {batch} cannot be split in two branches: with guidance ({spec.order}) a call holds one row of each branch for "
                 "every prompt; pass an even batch, or cfg='none' for a model without guidance"
             )
         plan = engine.plan_for(spec)
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else latents.dtype
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else family.dtype(engine.model, arguments)
         self.planned, note = engine.budget.choose(partial(plan_cache, family, engine.model, engine.sites, plan, arguments, dtype), device)
         if note:
             self._notes.append(note)
@@ -312,9 +322,7 @@ class Run:
         self.table = torch.tensor(plan.table(), dtype=torch.float32).to(device)
         self.groups = [GroupState(row) for row in self.cache.rows[:-1]]
         engine.open_gates(plan, self.cache, self.groups)
-        self.order, self.batch, self._first_key = spec.order, batch, self._key(arguments)
-        self.shapes = flops.shapes_only(arguments)
-        self.plan = plan
+        self.order, self.batch, self.guidance, self.plan = order, batch, spec.order, plan
 
     def call(self, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """One step: run the branches that the plan names and give back what the untouched model would, rows of both branches included."""
@@ -341,6 +349,7 @@ class Run:
                     f"step {self.position + 1} has latents {list(now[0])} ({now[1]}, {now[2]}), but the run began with {list(shape)} "
                     f"({dtype}, {device}); guidance and shapes stay the same within a run, so begin a new one"
                 )
+            self.engine.labels.check(self.guidance, None if self.two_calls is None else self.two_calls.branch)
             if self.engine.on_phase is not None:
                 self._warm_up(original, arguments, self.engine.on_phase)
             output = self._step(original, arguments, self.position)
@@ -348,10 +357,11 @@ class Run:
             self._failed = f"{type(error).__name__}: {error}"
             self._finish()
             raise
-        self._done.append(self.plan.steps[self.position])
-        self.position += 1
-        if self.position == len(self.plan.steps):
-            self._finish()
+        if self.two_calls is None or not self.two_calls.between:
+            self._done.append(self.plan.steps[self.position])
+            self.position += 1
+            if self.position == len(self.plan.steps):
+                self._finish()
         return output
 
     def _warm_up(self, original: Callable[..., Any], arguments: dict[str, Any], on_phase: Callable[[int, int], None]) -> NoReturn:
@@ -360,7 +370,7 @@ class Run:
         phases = [step.phase for step in self.plan.steps]
         for number, phase in enumerate(self.plan.phases):
             on_phase(number, len(self.plan.phases))
-            for _ in range(self.engine.calls_to_warm_up):
+            for _ in range(self.engine.calls_to_warm_up * (1 if self.two_calls is None else 2)):
                 self._step(original, arguments, phases.index(phase))
         raise WarmedUp
 
@@ -368,8 +378,8 @@ class Run:
         assert self.plan is not None and self.cache is not None
         step = self.plan.steps[index]
         self.cache.rows.copy_(self.table[index])
-        for state, group, planned in zip(self.groups, self.plan.groups, step.groups, strict=True):
-            state.set(group, planned, step.branches, self.order)
+        if self.two_calls is not None:
+            return self.two_calls.call(original, arguments, step)
         return self._rebuild(original, arguments, step) if step.rebuild else self._full(original, arguments, step)
 
     def _finish(self) -> None:
@@ -378,28 +388,43 @@ class Run:
         self.cache = None
 
     def _full(self, original: Callable[..., Any], arguments: dict[str, Any], step: PlannedStep) -> Any:
-        output = self._forward(original, arguments, step)
+        output = self.forward(original, arguments, step)
         if step.split:
-            prediction = self.engine.family.prediction(output)
-            uncond, cond = (prediction[branch_rows(self.batch, self.order, (branch,))] for branch in ("uncond", "cond"))
-            assert self.plan is not None and self.cache is not None
-            radius = min(prediction.shape[-2:]) // self.plan.schedule.radius_divisor
-            ops.cfg_split(self.cache.low, self.cache.high, uncond, cond, radius)
+            family = self.engine.family
+            prediction = family.planes(family.prediction(output), arguments)
+            self.split(*(prediction[branch_rows(self.batch, self.order, (branch,))] for branch in ("uncond", "cond")))
         return output
 
-    def _forward(self, original: Callable[..., Any], arguments: dict[str, Any], step: PlannedStep) -> Any:
+    def forward(self, original: Callable[..., Any], arguments: dict[str, Any], step: PlannedStep, branch: Branch | None = None) -> Any:
+        """Call the model with its sites acting as the step says; `branch`: the one this call runs, where the step is two calls."""
         assert self.plan is not None
-        return self.engine.forward(original, arguments, (self.order, self.planned.format, self.plan.groups, step.phase))
+        for state, group, planned in zip(self.groups, self.plan.groups, step.groups, strict=True):
+            if branch is None:
+                state.set(group, planned, step.branches, self.order)
+            else:
+                kept = replace(planned, push=(branch,) if branch in planned.push else ())
+                state.set(group, kept, (branch,), self.order)
+        return self.engine.forward(original, arguments, (self.order, self.planned.format, self.plan.groups, step.phase, branch))
 
     def _rebuild(self, original: Callable[..., Any], arguments: dict[str, Any], step: PlannedStep) -> Any:
         family = self.engine.family
         rows = branch_rows(self.batch, self.order, ("cond",))
-        output = self._forward(original, family.narrow(arguments, self.batch, rows), step)
-        cond = family.prediction(output)
+        output = self.forward(original, family.narrow(arguments, self.batch, rows), step)
+        cond = family.planes(family.prediction(output), arguments)
+        return family.with_prediction(output, family.unplaned(self.reconstruct(cond), arguments))
+
+    def split(self, uncond: torch.Tensor, cond: torch.Tensor) -> None:
+        """Store the difference of the two branches' predictions in its two bands (Eq. 6, 7)."""
+        assert self.plan is not None and self.cache is not None
+        radius = min(cond.shape[-2:]) // self.plan.schedule.radius_divisor
+        ops.cfg_split(self.cache.low, self.cache.high, uncond, cond, radius)
+
+    def reconstruct(self, cond: torch.Tensor) -> torch.Tensor:
+        """Both branches' predictions, in the order of the run, from the conditional one and the stored difference (Eq. 11)."""
         assert self.cache is not None
-        both = torch.empty((self.batch, *cond.shape[1:]), dtype=cond.dtype, device=cond.device)
-        ops.cfg_reconstruct(both, cond, self.cache.low, self.cache.high, self.cache.rows[-1], int(rows.start > 0))
-        return family.with_prediction(output, both)
+        both = torch.empty((2 * len(cond), *cond.shape[1:]), dtype=cond.dtype, device=cond.device)
+        ops.cfg_reconstruct(both, cond, self.cache.low, self.cache.high, self.cache.rows[-1], int(self.order == "uncond-first"))
+        return both
 
     def _ops_run(self) -> set[str]:
         """Names of the ops that the steps made so far have called."""
@@ -421,9 +446,9 @@ class Run:
             notes.append(f"stopped after {self.position} of {len(self.plan.steps)} steps")
         notes += ops.fallback_reasons()
         forward = type(engine.model).forward.__get__(engine.model)
-        count = partial(flops.count_run, engine.model, forward, engine.family, engine.sites, self.plan, self.order, self.shapes)
+        count = partial(flops.count_run, engine.model, forward, engine.family, engine.sites, self.plan, self.guidance, self.shapes)
         return Summary(
-            model=type(engine.model).__name__, family=engine.family.name, schedule=self.plan.schedule.name, guidance=self.order,
+            model=type(engine.model).__name__, family=engine.family.name, schedule=self.plan.schedule.name, guidance=self.guidance,
             steps=len(self.plan.steps), steps_done=self.position, sites=count_sites(self.plan, engine.sites, self._done),
             cache_format=self.planned.format, cache_bytes_planned=self.planned.bytes, cache_bytes=self.cache_bytes,
             implementations=implementations, compiled=compiled, notes=notes,

@@ -10,12 +10,14 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastercache.families import BranchOrder, Family, Site
 from fastercache.memory import branch_rows
 from fastercache.plan import Plan, group_of
+from fastercache.two_calls import BATCH_ORDER
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,15 @@ def _like(arguments: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     return tree_map(empty, dict(arguments))
 
 
+class _AllTokensCount(TorchFunctionMode):
+    """Masks have no values here: where a model picks the tokens of one with `nonzero`, as Mochi does, it gets them all."""
+
+    def __torch_function__(self, function: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if function is torch.nonzero and args[0].dim() == 1:
+            return torch.arange(len(args[0]), device=args[0].device)[:, None]
+        return function(*args, **(kwargs or {}))
+
+
 def _count(
     model: nn.Module, forward: Callable[..., Any], sites: Sequence[Site], arguments: Mapping[str, Any]
 ) -> tuple[int, dict[str, int]]:
@@ -63,7 +74,7 @@ def _count(
         handles.append(site.module.register_forward_hook(lambda *_, path=site.path: leave(path)))
     try:
         # The math backend decomposes into matrix products, which are counted on every device.
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter, _AllTokensCount():
             forward(**_like(arguments, device))
     finally:
         for handle in handles:
@@ -82,9 +93,12 @@ def count_run(
 ) -> RunFlops:
     """Count a run of `plan` on `model`, whose original `forward` takes `arguments` (shapes count, not values)."""
     batch = family.latents(arguments).shape[0]
+    arguments = family.countable(arguments)
     full = _count(model, forward, sites, arguments)
     single = full
-    if plan.guidance:
+    if order in BATCH_ORDER:
+        full = 2 * single[0], {path: 2 * count for path, count in single[1].items()}
+    elif plan.guidance:
         single = _count(model, forward, sites, family.narrow(arguments, batch, branch_rows(batch, order, ("cond",))))
     cached = 0
     for step in plan.steps:

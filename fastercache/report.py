@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastercache.families import Site
@@ -95,3 +95,26 @@ def count_sites(plan: Plan, sites: Sequence[Site], done: Sequence[PlannedStep]) 
             blended = 0 if group is None else sum(step.groups[group].blend for step in ran)
             rows.append(SiteSteps(branch, name, len(ran) - blended, blended, len(done) - len(ran)))
     return tuple(rows)
+
+
+def combined(parts: Sequence[Summary]) -> Summary:
+    """One summary of a run whose steps were divided between models: what they did is added up, the larger cache counts."""
+    tally: dict[tuple[str, str], list[int]] = {}
+    for row in (row for part in parts for row in part.sites):
+        counts = tally.setdefault((row.branch, row.kind), [0, 0, 0])
+        for index, count in enumerate((row.computed, row.blended, row.skipped)):
+            counts[index] += count
+    charts = [part.chart.splitlines() for part in parts]
+    return replace(
+        parts[0],
+        model=" + ".join(part.model for part in parts),
+        steps=sum(part.steps for part in parts),
+        steps_done=sum(part.steps_done for part in parts),
+        sites=tuple(SiteSteps(*key, *counts) for key, counts in tally.items()),
+        cache_bytes_planned=max(part.cache_bytes_planned for part in parts),
+        cache_bytes=max(part.cache_bytes for part in parts),
+        implementations={name: how for part in parts for name, how in part.implementations.items()},
+        notes=list(dict.fromkeys(note for part in parts for note in part.notes)),
+        chart="\n".join(lines[0] + "".join(line.split()[1] for line in lines[1:]) for lines in zip(*charts, strict=True)),
+        _count_flops=lambda: RunFlops(sum(part.flops.uncached for part in parts), sum(part.flops.cached for part in parts)),
+    )

@@ -6,12 +6,33 @@ from torch import nn
 
 from fastercache.errors import UnsupportedModelError
 from fastercache.families.base import BranchOrder, Family, Site
-from fastercache.families.cogvideox import CogVideoX
+from fastercache.families.cogvideox import CogVideoX, SATCogVideoX
+from fastercache.families.full_attention import Allegro, LTXVideo, Wan
+from fastercache.families.generic import Generic
+from fastercache.families.hunyuan_video import HunyuanVideo
 from fastercache.families.latte import Latte
+from fastercache.families.mochi import AsymmMochi, Mochi
+from fastercache.families.open_sora import OpenSora
+from fastercache.families.vchitect import Vchitect
 
 __all__ = ["FAMILIES", "BranchOrder", "Family", "Site", "class_names", "family_of"]
 
-FAMILIES: tuple[Family, ...] = (Latte(), CogVideoX())
+FAMILIES: tuple[Family, ...] = (
+    Latte(),
+    CogVideoX(),
+    OpenSora(),
+    Mochi(),
+    HunyuanVideo(),
+    LTXVideo(),
+    Allegro(),
+    Wan(),
+    Vchitect(),
+    SATCogVideoX(),
+    AsymmMochi(),
+)
+
+GENERIC = Generic()
+"""For diffusers' other transformers."""
 
 
 def class_names(model: nn.Module) -> set[str]:
@@ -24,5 +45,7 @@ def family_of(model: nn.Module) -> Family:
     for family in FAMILIES:
         if class_names(model) & set(family.model_classes):
             return family
+    if "ModelMixin" in class_names(model):
+        return GENERIC
     known = ", ".join(name for family in FAMILIES for name in family.model_classes)
-    raise UnsupportedModelError(f"{type(model).__name__} is of no known model family; known classes are {known}")
+    raise UnsupportedModelError(f"{type(model).__name__} is of no known model family; known are diffusers' transformers and {known}")

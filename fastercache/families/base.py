@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,8 +12,8 @@ from torch import nn
 
 from fastercache.errors import RunError, UnsupportedModelError
 
-BranchOrder = Literal["uncond-first", "cond-first", "none"]
-"""How a call's batch is made of branches: two halves in that order, or a single branch (no guidance)."""
+BranchOrder = Literal["uncond-first", "cond-first", "uncond-then-cond", "cond-then-uncond", "none"]
+"""How guidance is laid out: a call's batch is two halves in that order; or a step is two calls in that order; or there is one branch."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,26 @@ class Family(ABC):
     """One model family. A new one is one file in this folder and one line in its registry.
 
     name: for people. model_classes: names of the upstream classes (found without importing them). batched: arguments of `forward` that hold
-    one row for each element of the batch. order: how the family's own pipelines lay out guidance.
+    one row for each element of the batch. repeated: arguments that hold a row for each prompt alone, which the model itself repeats for the
+    branches. time: the argument that is the timestep. order: how the family's own pipelines lay out guidance.
     """
 
     name: str
     model_classes: tuple[str, ...]
     batched: tuple[str, ...]
+    repeated: tuple[str, ...] = ()
+    time: str = "timestep"
     order: BranchOrder = "uncond-first"
+
+    def order_in(self, pipeline: Any, call: Mapping[str, Any], label: str | None) -> BranchOrder:
+        """How a pipeline lays out guidance in a run, once it has set its state.
+
+        call: the arguments of the pipeline's own call. label: what it calls the run's first call of the denoiser (`fastercache.labels`).
+        """
+        guided = getattr(pipeline, "do_classifier_free_guidance", None)
+        if guided is None:  # CogVideoX has the scale alone, Open-Sora-Plan only its argument
+            guided = getattr(pipeline, "guidance_scale", call.get("guidance_scale", 1.0)) > 1
+        return self.order if guided else "none"
 
     @abstractmethod
     def sites(self, model: nn.Module) -> list[Site]:
@@ -48,7 +61,7 @@ class Family(ABC):
 
     @abstractmethod
     def prediction_shape(self, model: nn.Module, arguments: Mapping[str, Any]) -> torch.Size:
-        """Shape of the prediction for these arguments; dimension 0 is the batch, the last two are a latent plane."""
+        """Shape of the prediction's planes for these arguments; dimension 0 is the batch, the last two are a latent plane."""
 
     def block_of(self, site: Site) -> str:
         """Path of the repeated block that a site lies in: "blocks.3" of "blocks.3.attn.proj"."""
@@ -59,30 +72,75 @@ class Family(ABC):
         return model.config
 
     def latents(self, arguments: Mapping[str, Any]) -> torch.Tensor:
-        """The denoiser's input, whose dimension 0 is the batch and whose last two are a latent plane."""
+        """The denoiser's input, whose dimension 0 is the batch."""
         return arguments["hidden_states"]
 
+    def dtype(self, model: nn.Module, arguments: Mapping[str, Any]) -> torch.dtype:
+        """Of the sites' outputs, where autocast does not say."""
+        return self.latents(arguments).dtype
+
     def prediction(self, output: Any) -> torch.Tensor:
-        """The predicted noise or velocity in what `forward` returned; last two dimensions a latent plane."""
+        """The predicted noise or velocity in what `forward` returned; dimension 0 is the batch."""
+        if isinstance(output, torch.Tensor):
+            return output
         return output[0] if isinstance(output, tuple) else output.sample
+
+    def planes(self, prediction: torch.Tensor, arguments: Mapping[str, Any]) -> torch.Tensor:
+        """The prediction with a latent plane as its last two dimensions; `unplaned` is the way back."""
+        return prediction
+
+    def unplaned(self, planes: torch.Tensor, arguments: Mapping[str, Any]) -> torch.Tensor:
+        return planes
 
     def with_prediction(self, output: Any, prediction: torch.Tensor) -> Any:
         """`output` with another prediction in it."""
+        if isinstance(output, torch.Tensor):
+            return prediction
         if isinstance(output, tuple):
             return (prediction, *output[1:])
         return type(output)(sample=prediction)
 
+    def batched_in(self, arguments: Mapping[str, Any]) -> Sequence[str]:
+        """Names of the batched arguments."""
+        return self.batched
+
     def narrow(self, arguments: Mapping[str, Any], batch: int, rows: slice) -> dict[str, Any]:
         """The arguments of a call that runs only those rows of the batch."""
         narrowed = dict(arguments)
-        for name in self.batched:
+        for name in self.batched_in(arguments):
             value = arguments.get(name)
             if not isinstance(value, torch.Tensor) or value.dim() == 0 or value.shape[0] == 1 != batch:
+                continue
+            if name in self.repeated and value.shape[0] == batch // 2:
                 continue
             if value.shape[0] != batch:
                 raise RunError(f"argument {name!r} has {value.shape[0]} rows, but the batch has {batch}; they cannot be split in branches")
             narrowed[name] = value[rows]
         return narrowed
+
+    def countable(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments for a call that runs on shapes alone (`fastercache.flops`), without those whose values `forward` reads."""
+        return dict(arguments)
+
+
+def block_sites(model: nn.Module, blocks: str, indices: range, parts: Mapping[str, str], first: int = 0) -> list[Site]:
+    """Sites of the blocks of a list: `parts` maps the name of a block's submodule to the kind of its site; layer = `first` + index."""
+    return [
+        Site(f"{blocks}.{index}.{part}", kind, first + index, child(model, f"{blocks}.{index}.{part}"))
+        for index in indices
+        for part, kind in parts.items()
+    ]
+
+
+def alternating_sites(model: nn.Module, count: int, blocks: Mapping[str, str], attention: str, mlp: str) -> list[Site]:
+    """Sites of lists of `count` blocks that run in turn: `blocks` maps the kind of a list's attention to its name. MLPs count through."""
+    sites = []
+    for layer in range(count):
+        for turn, (kind, name) in enumerate(blocks.items()):
+            for part, of, number in ((attention, kind, layer), (mlp, "mlp", len(blocks) * layer + turn)):
+                path = f"{name}.{layer}.{part}"
+                sites.append(Site(path, of, number, child(model, path)))
+    return sites
 
 
 def child(model: nn.Module, path: str) -> nn.Module:

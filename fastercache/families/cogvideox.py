@@ -1,14 +1,15 @@
-"""CogVideoX in diffusers: joint attention over text and video tokens, one batch [uncond, cond]."""
+"""CogVideoX in diffusers and as released: joint attention over text and video tokens, one batch [uncond, cond]."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastercache.families.base import Family, Site, child
+from fastercache.families.base import Family, Site, block_sites, child
 
 
 class CogVideoX(Family):
@@ -38,3 +39,39 @@ class CogVideoX(Family):
     def prediction_shape(self, model: nn.Module, arguments: Mapping[str, Any]) -> torch.Size:
         batch, frames, _, *plane = arguments["hidden_states"].shape
         return torch.Size((batch, frames, self.config(model).out_channels, *plane))
+
+
+class SATCogVideoX(Family):
+    """The same model in SwissArmyTransformer (github.com/THUDM/CogVideo, sat/dit_video_concat.py): text and video in one sequence."""
+
+    name = "CogVideoX (SAT)"
+    model_classes = ("DiffusionTransformer",)
+    batched = ("x", "timesteps", "context", "y", "concat_images", "ofs")
+    repeated = ("y", "concat_images")
+    time = "timesteps"
+
+    def sites(self, model: nn.Module) -> list[Site]:
+        child(model, "transformer.layers")  # other projects have a class of that name too
+        return block_sites(model, "transformer.layers", range(self.config(model).num_layers), {"attention": "joint", "mlp": "mlp"})
+
+    def site_shapes(self, model: nn.Module, site: Site, arguments: Mapping[str, Any]) -> tuple[torch.Size, ...]:
+        batch, frames, _, *plane = arguments["x"].shape
+        tokens = math.prod(extent // patch for extent, patch in zip((frames, *plane), self.config(model).patch_size, strict=True))
+        return (torch.Size((batch, arguments["context"].shape[1] + tokens, self.config(model).hidden_size)),)
+
+    def prediction_shape(self, model: nn.Module, arguments: Mapping[str, Any]) -> torch.Size:
+        batch, frames, _, *plane = arguments["x"].shape
+        return torch.Size((batch, frames, self.config(model).out_channels, *plane))
+
+    def config(self, model: nn.Module) -> Any:
+        """The model keeps its sizes as attributes."""
+        return model
+
+    def latents(self, arguments: Mapping[str, Any]) -> torch.Tensor:
+        return arguments["x"]
+
+    def block_of(self, site: Site) -> str:
+        return site.path.rpartition(".")[0]
+
+    def dtype(self, model: nn.Module, arguments: Mapping[str, Any]) -> torch.dtype:
+        return self.config(model).dtype

@@ -1,4 +1,4 @@
-"""Latte in diffusers: spatial and temporal blocks in turn, one batch [uncond, cond]."""
+"""Latte, in diffusers and upstream, and Open-Sora-Plan 1.1: spatial and temporal blocks in turn, one batch [uncond, cond]."""
 
 from __future__ import annotations
 
@@ -8,22 +8,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastercache.families.base import Family, Site, child
+from fastercache.families.base import Family, Site, alternating_sites
 
 
 class Latte(Family):
     name = "Latte"
-    model_classes = ("LatteTransformer3DModel",)
-    batched = ("hidden_states", "timestep", "encoder_hidden_states", "encoder_attention_mask")
+    model_classes = ("LatteTransformer3DModel", "LatteT2V")
+    batched = ("hidden_states", "timestep", "encoder_hidden_states", "attention_mask", "encoder_attention_mask", "class_labels")
 
     def sites(self, model: nn.Module) -> list[Site]:
-        sites = []
-        for layer in range(self.config(model).num_layers):
-            for kind, blocks in (("spatial", "transformer_blocks"), ("temporal", "temporal_transformer_blocks")):
-                path = f"{blocks}.{layer}"
-                sites.append(Site(f"{path}.attn1", kind, layer, child(model, f"{path}.attn1")))
-                sites.append(Site(f"{path}.ff", "mlp", 2 * layer + (kind == "temporal"), child(model, f"{path}.ff")))
-        return sites
+        blocks = {"spatial": "transformer_blocks", "temporal": "temporal_transformer_blocks"}
+        return alternating_sites(model, self.config(model).num_layers, blocks, "attn1", "ff")
 
     def site_shapes(self, model: nn.Module, site: Site, arguments: Mapping[str, Any]) -> tuple[torch.Size, ...]:
         batch, _, frames, height, width = arguments["hidden_states"].shape

@@ -1,0 +1,136 @@
+"""Guidance in two calls: a step of the sampler calls the denoiser once for each branch, so the unconditional call can be saved whole.
+
+Nothing in a call says which branch it is: the order of the two is declared, and that they belong together is checked by their latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._pytree import tree_flatten
+
+from fastercache.errors import RunError
+from fastercache.families import BranchOrder, Family
+from fastercache.memory import branch_rows
+from fastercache.plan import Branch, PlannedStep
+
+if TYPE_CHECKING:
+    from fastercache.engine import Run
+
+BATCH_ORDER: dict[BranchOrder, BranchOrder] = {"cond-then-uncond": "cond-first", "uncond-then-cond": "uncond-first"}
+"""The order of two calls -> the order of the two halves in the caches."""
+
+
+def joined(family: Family, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The shapes of one call that would run both branches, on the meta device: what the caches are planned from."""
+    whole = dict(arguments)
+    for name in family.batched_in(arguments):
+        value = arguments.get(name)
+        if isinstance(value, torch.Tensor) and value.dim() > 0:
+            whole[name] = torch.empty((2 * len(value), *value.shape[1:]), dtype=value.dtype, device="meta")
+    return whole
+
+
+class TwoCalls:
+    """Makes the steps of a run out of pairs of calls. A step is done when its second call is.
+
+    On a step that runs the conditional branch alone the unconditional output is rebuilt. Where the unconditional call comes first, the
+    conditional output it needs is computed then, from its own arguments but for those in which the last conditional call differed from the
+    unconditional one (the text), and handed out at the conditional call if that has these inputs; otherwise it is computed again.
+    """
+
+    def __init__(self, run: Run, order: BranchOrder):
+        self.run, self.family = run, run.engine.family
+        self.first: Branch = "cond" if order == "cond-then-uncond" else "uncond"
+        self.batch_order = BATCH_ORDER[order]
+        self._pending: tuple[dict[str, Any], Any] | None = None
+        self._early: tuple[dict[str, Any], Any] | None = None
+        self._text: dict[str, Any] = {}
+
+    @property
+    def between(self) -> bool:
+        """Whether the second call of a step is still to come."""
+        return self._pending is not None
+
+    @property
+    def branch(self) -> Branch:
+        """Which branch the next call is."""
+        return "cond" if (self.first == "cond") != self.between else "uncond"
+
+    def call(self, original: Callable[..., Any], arguments: dict[str, Any], step: PlannedStep) -> Any:
+        """One of the two calls of a step: what the untouched model would give, or its stand-in."""
+        if self._pending is None:
+            output = self._first_call(original, arguments, step)
+            self._pending = arguments, output
+            return output
+        self._check_pair(self._pending[0], arguments)
+        output = self._second_call(original, arguments, step, *self._pending)
+        self._pending = self._early = None
+        return output
+
+    def _first_call(self, original: Callable[..., Any], arguments: dict[str, Any], step: PlannedStep) -> Any:
+        if self.first == "cond":
+            return self.run.forward(original, arguments, step, "cond")
+        if not step.rebuild:
+            return self.run.forward(original, arguments, step, "uncond")
+        conditional = arguments | self._text
+        self._early = conditional, self.run.forward(original, conditional, step, "cond")
+        return self._rebuilt(arguments, self._early[1])
+
+    def _second_call(
+        self, original: Callable[..., Any], arguments: dict[str, Any], step: PlannedStep, given: dict[str, Any], first: Any
+    ) -> Any:
+        if self.first == "cond":
+            output = self._rebuilt(arguments, first) if step.rebuild else self.run.forward(original, arguments, step, "uncond")
+            cond, uncond = first, output
+        else:
+            shared = self.family.latents(arguments)
+            self._text = {
+                name: value for name, value in arguments.items() if value is not shared and not same(given.get(name), value)
+            }  # fmt: skip
+            if self._early is not None and same_call(self._early[0], arguments):
+                output = self._early[1]
+            else:
+                output = self.run.forward(original, arguments, step, "cond")
+            cond, uncond = output, first
+        if step.split:
+            planes = [self.family.planes(self.family.prediction(one), arguments) for one in (uncond, cond)]
+            self.run.split(*planes)
+        return output
+
+    def _rebuilt(self, arguments: dict[str, Any], conditional: Any) -> Any:
+        both = self.run.reconstruct(self.family.planes(self.family.prediction(conditional), arguments))
+        uncond = both[branch_rows(len(both), self.batch_order, ("uncond",))]
+        return self.family.with_prediction(conditional, self.family.unplaned(uncond, arguments))
+
+    def _check_pair(self, first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
+        checked: list[tuple[str, Any, Any]] = [("latents", self.family.latents(first), self.family.latents(second))]
+        checked.append(("timestep", first.get(self.family.time), second.get(self.family.time)))
+        for name, before, now in checked:
+            if not same(before, now):
+                order = " and ".join(("a conditional", "an unconditional")[:: 1 if self.first == "cond" else -1])
+                raise RunError(
+                    f"the two calls of step {self.run.position + 1} have different {name}, but here a step is {order} call on the same "
+                    "latents: guidance was switched off in the middle, or a call left out; begin a new run (without guidance: cfg='none')"
+                )
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two arguments are equal. Tensors of the same memory are known to be; others are compared, which waits for the device."""
+    (ones, structure), (others, other_structure) = tree_flatten(one), tree_flatten(other)
+    return structure == other_structure and all(map(_same_leaf, ones, others))
+
+
+def _same_leaf(one: Any, other: Any) -> bool:
+    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
+        return one is other or (type(one) is type(other) and one == other)
+    if one.shape != other.shape or one.dtype != other.dtype or one.device != other.device:
+        return False
+    return (one.data_ptr() == other.data_ptr() and one.stride() == other.stride()) or torch.equal(one, other)
+
+
+def same_call(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two calls have equal arguments."""
+    return one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)

@@ -1,0 +1,107 @@
+"""Stand-ins for two upstream classes whose libraries are not installed: their names, their parts, their calls, and no more."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def patches_of(x: Tensor, channels: int) -> Tensor:
+    """Patches of 2 x 2: [B, frames, rows, columns, channels, 2, 2], from a video whose channels are dimension `channels`."""
+    return x.unfold(3, 2, 2).unfold(4, 2, 2).movedim(channels, -3)
+
+
+def video_of(patches: Tensor, channels: int) -> Tensor:
+    """The way back."""
+    return patches.movedim(-3, channels).transpose(4, 5).flatten(5, 6).flatten(3, 4)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.query_key_value, self.dense = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, hidden_states: Tensor, mask: Tensor) -> Tensor:
+        return self.dense(F.scaled_dot_product_attention(*self.query_key_value(hidden_states).chunk(3, dim=-1)))
+
+
+class DiffusionTransformer(nn.Module):
+    """SAT's CogVideoX: `transformer.layers`, each with `attention` and `mlp`, over [text, video] in one sequence."""
+
+    def __init__(self, hidden_size: int = 16, num_layers: int = 2, channels: int = 2):
+        super().__init__()
+        self.hidden_size, self.num_layers, self.out_channels, self.patch_size = hidden_size, num_layers, channels, (1, 2, 2)
+        self.dtype = torch.float32
+        self.transformer = nn.Module()
+        self.transformer.layers = nn.ModuleList(
+            nn.ModuleDict({"attention": SelfAttention(hidden_size), "mlp": nn.Linear(hidden_size, hidden_size)}) for _ in range(num_layers)
+        )
+        self.patch, self.text, self.final = (
+            nn.Linear(4 * channels, hidden_size),
+            nn.Linear(12, hidden_size),
+            nn.Linear(hidden_size, 4 * channels),
+        )
+
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor, **kwargs: object) -> Tensor:
+        patches = patches_of(x, 2)
+        h = torch.cat([self.text(context), self.patch(patches.flatten(4).flatten(1, 3)) + timesteps[:, None, None] / 1000], dim=1)
+        for layer in self.transformer.layers:
+            h = h + layer["attention"](torch.tanh(h), torch.ones(1))
+            h = h + layer["mlp"](torch.tanh(h))
+        return video_of(self.final(h[:, context.shape[1] :]).reshape(patches.shape), 2)
+
+
+class AsymmetricAttention(nn.Module):
+    def __init__(self, x: int, y: int, update_y: bool):
+        super().__init__()
+        self.qkv_x, self.qkv_y, self.proj_x = nn.Linear(x, 3 * x), nn.Linear(y, 3 * x), nn.Linear(x, x)
+        self.proj_y = nn.Linear(x, y) if update_y else nn.Identity()
+
+    def forward(self, x: Tensor, y: Tensor, *, scale_x: Tensor, packed_indices: dict) -> tuple[Tensor, Tensor]:
+        h = F.scaled_dot_product_attention(*torch.cat([self.qkv_x(x * scale_x), self.qkv_y(y)], dim=1).chunk(3, dim=-1))
+        return self.proj_x(h[:, : x.shape[1]]), self.proj_y(h[:, x.shape[1] :])
+
+
+class AsymmDiTJoint(nn.Module):
+    """Mochi as released: `blocks`, each with `attn`, `mlp_x` and, but for the last, `mlp_y`; texts come as lists."""
+
+    def __init__(self, x: int = 16, y: int = 12, depth: int = 2, channels: int = 2):
+        super().__init__()
+        self.hidden_size_x, self.hidden_size_y, self.out_channels, self.patch_size = x, y, channels, 2
+        self.x_embedder, self.final_layer = nn.Linear(4 * channels, x), nn.Linear(x, 4 * channels)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"attn": AsymmetricAttention(x, y, layer < depth - 1), "mlp_x": nn.Linear(x, x)}) for layer in range(depth)
+        )
+        for block in self.blocks[:-1]:
+            block["mlp_y"] = nn.Linear(y, y)
+
+    def forward(self, x: Tensor, sigma: Tensor, y_feat: list[Tensor], y_mask: list[Tensor], packed_indices: dict) -> Tensor:
+        patches = patches_of(x, 1)
+        h, y = self.x_embedder(patches.flatten(4).flatten(1, 3)), y_feat[0]
+        for block in self.blocks:
+            attended, text = block["attn"](h, y, scale_x=1 + sigma[:, None, None], packed_indices=packed_indices)
+            h = h + torch.tanh(attended)
+            h = h + block["mlp_x"](torch.tanh(h))
+            if "mlp_y" in block:
+                y = y + torch.tanh(text)
+                y = y + block["mlp_y"](torch.tanh(y))
+        return video_of(self.final_layer(h).reshape(patches.shape), 1)
+
+
+def sat_call(rows: int) -> dict:
+    generator = torch.Generator().manual_seed(0)
+    x, context = (torch.randn(shape, generator=generator) for shape in ((rows, 3, 2, 8, 6), (rows, 5, 12)))
+    return {"x": x, "timesteps": torch.full((rows,), 500.0), "context": context}
+
+
+def mochi_calls(rows: int) -> SimpleNamespace:
+    """The conditional and the unconditional call of a step."""
+    generator = torch.Generator().manual_seed(0)
+    latents = {"x": torch.randn((rows, 2, 3, 8, 6), generator=generator), "sigma": torch.full((rows,), 0.5)}
+    mask, packed = [torch.ones(rows, 5, dtype=torch.bool)], {"max_seqlen_in_batch_kv": 41}
+    texts = [[torch.randn((rows, 5, 12), generator=generator)] for _ in range(2)]
+    cond, uncond = (latents | {"y_feat": text, "y_mask": mask, "packed_indices": packed} for text in texts)
+    return SimpleNamespace(cond=cond, uncond=uncond)
