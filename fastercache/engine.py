@@ -76,8 +76,10 @@ class Engine:
         self._site_patches = [ForwardPatch(site.module, gate, traced=True) for site, gate in zip(self.sites, self.gates, strict=True)]
         self._model_patch = ForwardPatch(model, self._at_model)
         self.labels = CallLabels(model)
-        # Long enough for any policy that skips at all to do so.
-        self._policy_skips = not isinstance(schedule, Schedule) and not schedule(120, True).skips_nothing
+        # 120 steps are enough for any policy that skips at all to do so.
+        longest = schedule if isinstance(schedule, Schedule) else schedule(120, True)
+        self._meant_to_skip = not longest.skips_nothing
+        self._plans: dict[RunSpec, Plan] = {}
         self._kept: Cache | None = None
         self._blocks: dict[str, list[int]] = {}
         for index, site in enumerate(self.sites):
@@ -256,22 +258,24 @@ class Engine:
 
     def plan_for(self, spec: RunSpec) -> Plan:
         """The plan of a run; `ScheduleError` if a fixed schedule has another length."""
-        guidance = spec.order != "none"
-        if isinstance(self.schedule, Schedule):
-            schedule, asked = self.schedule, not self.schedule.skips_nothing
-            if len(schedule) != spec.steps:
-                raise ScheduleError(
-                    f"schedule {schedule.name!r} has {len(schedule)} steps, but this run has {spec.steps}; set the run's step count to "
-                    f"{len(schedule)}, or compile with a policy, which fits any step count"
-                )
-        else:
-            schedule = self.schedule(spec.steps, guidance)
-            asked = self._policy_skips
-        plan = make_plan(schedule if spec.part is None else schedule.part(*spec.part), guidance)
-        if asked and plan.skips_nothing:
-            why = "this run has no guidance" if not guidance and spec.steps >= 6 else f"a run of {spec.steps} steps is too short for it"
-            self._warn(f"schedule {schedule.name!r} skips nothing here: {why}; the run gains no speed")
+        if spec not in self._plans:
+            self._plans[spec] = self._make_plan(spec)
+        plan = self._plans[spec]
+        if self._meant_to_skip and plan.skips_nothing:
+            short = f"a run of {spec.steps} steps is too short for it"
+            why = "this run has no guidance" if not plan.guidance and spec.steps >= 6 else short
+            self._warn(f"schedule {plan.schedule.name!r} skips nothing here: {why}; the run gains no speed")
         return plan
+
+    def _make_plan(self, spec: RunSpec) -> Plan:
+        guidance = spec.order != "none"
+        schedule = self.schedule if isinstance(self.schedule, Schedule) else self.schedule(spec.steps, guidance)
+        if len(schedule) != spec.steps:
+            raise ScheduleError(
+                f"schedule {schedule.name!r} has {len(schedule)} steps, but this run has {spec.steps}; set the run's step count to "
+                f"{len(schedule)}, or compile with a policy, which fits any step count"
+            )
+        return make_plan(schedule if spec.part is None else schedule.part(*spec.part), guidance)
 
 
 class Run:

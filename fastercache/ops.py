@@ -541,7 +541,8 @@ def _check_packed(ring: torch.Tensor, values: torch.Tensor, name: str, bits: int
         raise ValueError(f"{name} has shape {list(values.shape)}, expected [..., channels] with at least one channel")
     shape = torch.Size((*values.shape[:-1], PackedRow(values.shape[-1], bits).bytes))
     _check_tensor("ring", ring, shape, torch.uint8, values.device)
-    if ring.storage_offset() % _packed.ALIGNMENT:
+    # Dynamo does not trace the offset; the kernels check it again.
+    if not torch.compiler.is_compiling() and ring.storage_offset() % _packed.ALIGNMENT:
         raise ValueError(f"ring begins {ring.storage_offset()} bytes into its storage, expected a multiple of {_packed.ALIGNMENT}")
     _check_contiguous("ring", ring)
 

@@ -102,7 +102,7 @@ def triton_cfg_reconstruct(
 def cfg_guide_kernel(out, cond, low, high, row, scale, elements, sizes, strides, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     index = program_elements(BLOCK, WIDE)
     inside = index < elements
-    rest = 1.0 - tl.load(scale)
+    rest = 1.0 - tl.load(scale).to(low.dtype.element_ty)
     residual = tl.load(row + LOW) * tl.load(low + index, mask=inside) + tl.load(row + HIGH) * tl.load(high + index, mask=inside)
     total = widen(tl.load(cond + strided_offset(index, sizes, strides), mask=inside)) + rest * residual
     tl.store(out + index, total.to(out.dtype.element_ty), mask=inside)
