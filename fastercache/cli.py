@@ -279,6 +279,8 @@ def _costs(system: System, plan: Plan) -> dict[str, Any]:
         "macs": {"uncached": uncached // 2, "cached": cached // 2},
         "flops_ratio": uncached / cached,
         "cache_bytes": {storage: system.cache_bytes(plan, storage) for storage in FORMATS},
+        "weight_bytes": system.parameters * system.dtype.itemsize,
+        "fits_80_gb": system.fitting_format(plan),
     }
 
 
@@ -289,6 +291,8 @@ def _print_costs(system: System, costs: dict[str, Any]) -> None:
     console.print(f"ratio    {costs['flops_ratio']:>9.3f}")
     for storage, size in costs["cache_bytes"].items():
         console.print(f"cache    {size / 1e9:>9.2f} GB as {storage}")
+    holds = f"holds them and the cache as {costs['fits_80_gb']}" if costs["fits_80_gb"] else "holds them with the cache in no format"
+    console.print(f"weights  {costs['weight_bytes'] / 1e9:>9.2f} GB; an 80 GB GPU {holds}, and 12 GB of activations", soft_wrap=True)
 
 
 def _chart(plan: Plan) -> Text:

@@ -78,7 +78,7 @@ class System:
                 total += RingPlan(0, index, group.branches, group.slots, shape, self.dtype, storage).bytes
         return total
 
-    def fitting_format(self, plan: Plan, device_bytes: int, working_share: float = 0.15) -> CacheFormat | None:
+    def fitting_format(self, plan: Plan, device_bytes: int = 80_000_000_000, working_share: float = 0.15) -> CacheFormat | None:
         """The most exact format with which weights, caches and a share of the device for activations fit, or `None` if none does."""
         room = device_bytes * (1 - working_share) - self.parameters * self.dtype.itemsize
         return next((storage for storage in FORMATS if self.cache_bytes(plan, storage) <= room), None)

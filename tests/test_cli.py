@@ -80,7 +80,7 @@ def test_inspect_preset_costs():
     for words in ("11.998 PFLOPs, 5.999 PMACs", "1.627", "4.10 GB as model", "2.13 GB as int8", "49 frames of 480x720"):
         assert words in output
     unguided = run("inspect", "hunyuan-video/paper").stdout
-    assert "without guidance" in unguided and "GB as int8-int4" in unguided
+    assert "without guidance" in unguided and "25.64 GB; an 80 GB GPU holds them and the cache as int8-int4" in unguided
 
 
 def test_inspect_shows_sites_that_are_blended_their_own_way():

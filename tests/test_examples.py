@@ -78,9 +78,9 @@ SIZES = {
 """Name of the example -> the family it is of, its pipeline, and the height, width and frames of a small video."""
 
 
-def check(out, capsys, family):
+def check(out, capsys, family, steps=STEPS):
     printed = capsys.readouterr().out
-    assert f"({family})" in printed and f"{STEPS} steps" in printed and f"wrote {out}" in printed
+    assert f"({family})" in printed and f"{steps} steps" in printed and f"wrote {out}" in printed
     assert "~" in printed
     assert iio.imread(out, plugin="pyav").shape == (4, 16, 16, 3)
 
@@ -133,14 +133,12 @@ def test_open_sora_plan(example, monkeypatch, tmp_path, capsys):
                 latents = self.scheduler.step(uncond + guidance_scale * (cond - uncond), step, latents).prev_sample
             return SimpleNamespace(video=torch.from_numpy(picture(latents) * 255).byte())
 
-    scheduler = PNDMScheduler()
-    scheduler.set_timesteps(STEPS)
-    monkeypatch.setattr(sys.modules[__name__], "STEPS", len(scheduler.timesteps))
-    module = example("open_sora_plan")
-    monkeypatch.setattr(module, "load", lambda path: VideoGenPipeline(OTHERS["latte_t2v"](torch.float32), PNDMScheduler()))
+    scheduler, module = PNDMScheduler(), example("open_sora_plan")
+    monkeypatch.setattr(module, "load", lambda path: VideoGenPipeline(OTHERS["latte_t2v"](torch.float32), scheduler))
     out = tmp_path / "video.mp4"
-    module.main(["a panda", "--steps", "10", "--out", str(out)])
-    check(out, capsys, "Latte")
+    module.main(["a panda", "--steps", str(STEPS), "--out", str(out)])
+    assert len(scheduler.timesteps) > STEPS
+    check(out, capsys, "Latte", len(scheduler.timesteps))
 
 
 def test_vchitect(example, monkeypatch, tmp_path, capsys):

@@ -75,6 +75,7 @@ def test_a_model_of_no_known_family_equals_the_simulator(build, site, prompts):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     summary = fastercache.summary(model)
     assert summary.skipped_anything and summary.cache_bytes == summary.cache_bytes_planned > 0
+    assert summary.flops.ratio > 1
 
 
 def test_cross_attention_is_no_site():

@@ -151,5 +151,5 @@ def test_cache_bytes():
 def test_the_long_videos_fit_one_80_gb_device(preset, storage):
     """Weights, caches, and 12 GB of it left for activations."""
     system, plan = plan_of(preset)
-    assert system.fitting_format(plan, 80_000_000_000) == storage
+    assert system.fitting_format(plan) == storage
     assert system.fitting_format(plan, 20_000_000_000) is None
