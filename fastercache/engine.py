@@ -11,7 +11,7 @@ import inspect
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,11 +24,11 @@ from fastercache import flops, ops
 from fastercache.errors import FasterCacheWarning, RunError, ScheduleError
 from fastercache.families import BranchOrder, Family, Site
 from fastercache.gates import Gate, GroupState
-from fastercache.graphs import GraphOptions, PhaseGraphs, input_signature
+from fastercache.graphs import GraphOptions, Graphs, PhaseGraphs, input_signature
 from fastercache.labels import CallLabels
 from fastercache.memory import Cache, CacheBudget, CachePlan, branch_rows, plan_cache
 from fastercache.patching import ForwardPatch
-from fastercache.plan import Branch, Plan, PlannedStep, group_of, make_plan
+from fastercache.plan import Branch, Phase, Plan, PlannedStep, group_of, make_plan
 from fastercache.policies import Policy
 from fastercache.report import Summary, count_sites
 from fastercache.schedule import Schedule
@@ -133,14 +133,6 @@ class Engine:
         """Let the sites compute, and hold no cache."""
         for gate in self.gates:
             gate.group, gate.rings = None, ()
-
-    def forward(self, original: Callable[..., Any], arguments: dict[str, Any], phase: Hashable) -> Any:
-        """The denoiser's own forward with the gates as they are set, or the graph of the phase that they make up."""
-        if self.graphs is None:
-            return original(**arguments)
-        # Weights that were given another dtype since would need graphs of their own, too.
-        weights = next((parameter.dtype for parameter in self.model.parameters()), None)
-        return self.graphs.call(original, (weights, *input_signature(arguments)), phase, arguments)
 
     # ---- runs -----------------------------------------------------------------------------------------------------------------------
 
@@ -290,6 +282,7 @@ class Run:
         self._done: list[PlannedStep] = []
         self._failed: str | None = None
         self._notes: list[str] = []
+        self._graphs: dict[tuple[Phase, Branch | None], Graphs] = {}
 
     def __len__(self) -> int:
         return len(self.plan.steps) if self.plan is not None else 0
@@ -408,7 +401,16 @@ class Run:
             else:
                 kept = replace(planned, push=(branch,) if branch in planned.push else ())
                 state.set(group, kept, (branch,), self.order)
-        return self.engine.forward(original, arguments, (self.order, self.planned.format, self.plan.groups, step.phase, branch))
+        compiled = self.engine.graphs
+        if compiled is None:
+            return original(**arguments)
+        graphs = self._graphs.get((step.phase, branch))
+        if graphs is None:
+            # Weights that were given another dtype since need graphs of their own, too.
+            weights = next((parameter.dtype for parameter in self.engine.model.parameters()), None)
+            phase = (self.order, self.planned.format, self.plan.groups, step.phase, branch)
+            graphs = self._graphs[step.phase, branch] = compiled.of((weights, *input_signature(arguments)), phase)
+        return compiled.call(original, graphs, arguments)
 
     def _rebuild(self, original: Callable[..., Any], arguments: dict[str, Any], step: PlannedStep) -> Any:
         family = self.engine.family

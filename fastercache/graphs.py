@@ -24,8 +24,11 @@ from fastercache.patching import ForwardPatch
 
 logger = logging.getLogger("fastercache")
 
-MOST_SHAPES = 4
-"""Sets of input shapes whose graphs are kept; beyond that the oldest set is dropped."""
+MOST_INPUTS = 4
+"""Kinds of inputs whose graphs are kept; beyond that those of the oldest are dropped."""
+
+Graphs = dict[Hashable, Callable[..., Any]]
+"""The compiled forwards of one phase for one kind of inputs, by kind of block; the whole model's under `None`."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +87,13 @@ class PhaseGraphs:
 
     def __init__(self, model: nn.Module, options: GraphOptions, blocks: Iterable[nn.Module]):
         self.model, self.options = model, options
-        self._graphs: OrderedDict[Hashable, dict[Hashable, Callable[..., Any]]] = OrderedDict()
-        self._current: tuple[Hashable, Hashable] | None = None
+        self._graphs: OrderedDict[Hashable, dict[Hashable, Graphs]] = OrderedDict()
+        self._current: Graphs | None = None
         self._blocks = [_BlockGraph(self, block) for block in blocks] if options.regional else []
 
     def __len__(self) -> int:
         """Graphs compiled and kept."""
-        return sum(len(graphs) for graphs in self._graphs.values())
+        return sum(len(graphs) for phases in self._graphs.values() for graphs in phases.values())
 
     def describe(self) -> str:
         """For people."""
@@ -103,13 +106,23 @@ class PhaseGraphs:
         for block, kind in zip(self._blocks, kinds, strict=False):
             block.kind = type(block.block), kind
 
-    def call(self, forward: Callable[..., Any], shapes: Hashable, phase: Hashable, arguments: dict[str, Any]) -> Any:
-        """Run the model's `forward` in a phase, for inputs of `shapes`; compiles what is not compiled yet.
+    def of(self, inputs: Hashable, phase: Hashable) -> Graphs:
+        """The graphs of a phase, for inputs of a kind: asked for once a run, as looking them up takes longer than a step's own work."""
+        if inputs not in self._graphs:
+            while len(self._graphs) >= MOST_INPUTS:
+                dropped, phases = self._graphs.popitem(last=False)
+                count = sum(map(len, phases.values()))
+                logger.warning("dropped %d graphs, compiled for inputs %s: %d other kinds are in use", count, dropped, MOST_INPUTS)
+            self._graphs[inputs] = {}
+        return self._graphs[inputs].setdefault(phase, {})
+
+    def call(self, forward: Callable[..., Any], graphs: Graphs, arguments: dict[str, Any]) -> Any:
+        """Run the model's `forward` by the graphs of a phase; compiles what is not compiled yet.
 
         Raises:
             CompileError: the model cannot be traced as one graph; names what torch stumbled on.
         """
-        self._current = shapes, phase
+        self._current = graphs
         try:
             if self.options.regional:
                 return forward(**arguments)
@@ -129,22 +142,14 @@ class PhaseGraphs:
 
     def graph(self, kind: Hashable) -> Callable[..., Any]:
         """The compiled forward of a kind of block, or of the whole model (`None`), in the current phase."""
-        assert self._current is not None
-        shapes, phase = self._current
-        if shapes not in self._graphs:
-            while len(self._graphs) >= MOST_SHAPES:
-                dropped, graphs = self._graphs.popitem(last=False)
-                logger.warning("dropped %d graphs, compiled for inputs %s: %d other kinds are in use", len(graphs), dropped, MOST_SHAPES)
-            self._graphs[shapes] = {}
-        graphs = self._graphs[shapes]
-        if (phase, kind) not in graphs:
-            code = _forward.__code__.replace(co_name=f"phase_{len(graphs)}")
+        graphs = self._current
+        assert graphs is not None
+        if kind not in graphs:
+            code = _forward.__code__.replace(co_name=f"graph_{len(self)}")
             function = types.FunctionType(code, _forward.__globals__, code.co_name)
-            logger.info("compiling graph %d, for inputs %s", len(graphs) + 1, shapes)
-            graphs[phase, kind] = torch.compile(
-                function, fullgraph=True, dynamic=False, backend=self.options.backend, mode=self.options.mode
-            )
-        return graphs[phase, kind]
+            logger.info("compiling graph %d", len(self) + 1)
+            graphs[kind] = torch.compile(function, fullgraph=True, dynamic=False, backend=self.options.backend, mode=self.options.mode)
+        return graphs[kind]
 
     def detach(self) -> None:
         """Take the patches out of the blocks and drop all graphs."""
