@@ -70,6 +70,30 @@ def test_cached_runs_equal_the_simulator(name, order, prompts, policy):
 
 @pytest.mark.parametrize("name", TWO_CALLS)
 @pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("prompts", [1, 3])
+def test_cached_runs_in_bfloat16_are_as_near_as_the_simulator(name, order, prompts):
+    """To within twice the rounding error of the simulator itself in that precision."""
+
+    def build():
+        return TWO_CALLS[name](torch.bfloat16)
+
+    model, schedule = build(), policies.paper(STEPS, True)
+    in_double = Simulator(build().double(), schedule, order)
+    exact = trajectory(lambda *calls: in_double.pair(*map(doubled, calls)), model, prompts).double()
+    rounded = trajectory(Simulator(build(), schedule, order).pair, model, prompts)
+    fastercache.compile(model, schedule, steps=STEPS, cfg=order)
+    actual = trajectory(sampler(model, order), model, prompts)
+    assert (actual - exact).norm() <= 2 * (rounded - exact).norm()
+
+
+def doubled(inputs):
+    return {
+        name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value for name, value in inputs.items()
+    }
+
+
+@pytest.mark.parametrize("name", TWO_CALLS)
+@pytest.mark.parametrize("order", ORDERS)
 def test_the_unconditional_call_is_saved_and_the_conditional_made_once(name, order):
     model, seen = TWO_CALLS[name](torch.float32), []
     blocks = model.blocks if name == "wan" else model.transformer_blocks
