@@ -60,6 +60,19 @@ def test_compile_restore_and_disabled(pipe):
     assert torch.equal(sample(pipe), before)
 
 
+def test_a_pipeline_is_warmed_up_without_a_run(pipe):
+    """All phases are compiled on the first call's inputs, and no clip is made; the next clip is that of the eager pipeline."""
+    cached = sample(fastercache.compile(pipe))
+    fastercache.restore(pipe)
+    torch._dynamo.reset()
+    fastercache.compile(pipe, backend="eager", regional=True)
+    fastercache.warmup(pipe, PROMPT, progress=False, **ARGUMENTS)
+    assert "no run has ended" in str(fastercache.summary(pipe))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        torch.testing.assert_close(sample(pipe), cached)
+    assert "6 graphs by eager" in str(fastercache.summary(pipe))
+
+
 def test_a_schedule_that_skips_nothing_is_bit_identical(pipe):
     before = sample(pipe)
     fastercache.compile(pipe, "none")
