@@ -8,10 +8,10 @@ engine around a model that does nothing, and holds the compiled run against the 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -35,7 +35,7 @@ FAMILIES = ("latte", "cogvideox")
 MOST_PHASES, LEAST_WARM, MOST_ENGINE_US, MOST_COLD_S, ERROR_FACTOR = 4, 0.35, 50.0, 60.0, 3.0
 """The bars: phases, warm over cold seconds, the engine's microseconds a step, cold seconds of "shapes", error over compiling's own."""
 MOST_GROWTH_MB = 1.0
-"""Resident memory that 97 more runs may add: the allocator's own unsteadiness."""
+"""Memory in use that the runs after the third may add."""
 
 
 # ---- models ------------------------------------------------------------------------------------------------------------------------------
@@ -104,6 +104,21 @@ def one_run(model: torch.nn.Module, arguments: dict[str, Any], seed: int = 0) ->
         model(**arguments | {"hidden_states": latents})
 
 
+class HeapState(ctypes.Structure):
+    """glibc's `struct mallinfo2`: bytes given out from the heaps are `uordblks`, from mappings of their own `hblkhd`."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    )
+
+
+def mallinfo2() -> HeapState:
+    function = ctypes.CDLL(None).mallinfo2
+    function.restype = HeapState
+    return function()
+
+
 def seconds_of(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
     call()
@@ -157,11 +172,17 @@ def engine_microseconds(model: torch.nn.Module, arguments: dict[str, Any]) -> fl
 
 
 def growth_megabytes(model: torch.nn.Module, arguments: dict[str, Any], runs: int) -> float:
-    """Resident memory after so many runs of 12 steps, which have all phases, less that after the third."""
+    """Memory in use after so many runs of 12 steps, which have all phases, less that after the third: the heap's, or the GPU's.
 
-    def resident() -> float:
+    The heap's is what malloc has given out. The resident memory goes up and down by megabytes with what it keeps for itself.
+    """
+
+    def in_use() -> float:
         gc.collect()
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+        if torch.cuda.is_available():
+            return torch.cuda.memory_allocated() / 1e6
+        heap = mallinfo2()
+        return (heap.uordblks + heap.hblkhd) / 1e6
 
     def short_run() -> None:
         with fastercache.run(model, steps=SHORT, cfg="uncond-first"):
@@ -170,10 +191,10 @@ def growth_megabytes(model: torch.nn.Module, arguments: dict[str, Any], runs: in
 
     for _ in range(3):
         short_run()
-    before = resident()
+    before = in_use()
     for _ in range(3, runs):
         short_run()
-    return resident() - before
+    return in_use() - before
 
 
 def measure(kind: str, family: str, backend: str, regional: bool, device: str, runs: int) -> dict[str, Any]:
@@ -245,7 +266,7 @@ def bars(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         ("warm seconds over cold", [r for r in rows if r["backend"] == "inductor"], lambda r: r["warm_s"] / r["cold_s"], LEAST_WARM),
         ("the engine's microseconds a step", rows, lambda r: r["engine_us_per_step"], MOST_ENGINE_US),
         ("error, cached over uncached", rows, lambda r: r["error"] / max(r["uncached_error"], 1e-12), ERROR_FACTOR),
-        ("resident megabytes that the runs after the third add", rows, lambda r: r["growth_mb"], MOST_GROWTH_MB),
+        ("megabytes in use that the runs after the third add", rows, lambda r: r["growth_mb"], MOST_GROWTH_MB),
     ):
         if group:
             worst = max(map(value, group))
@@ -280,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"The paper's schedule, {STEPS} steps, on {args.device}. `cold_s`: compiling all phases (`fastercache.warmup`) with an empty cache "
         "of the compiler; `warm_s`: the same in a second process; `uncached_cold_s`: the untouched model's first compiled forward, with an "
         "empty cache. `error`: largest difference of a compiled forward to the eager one over a cached run on the same inputs; "
-        f"`uncached_error`: the same of the untouched model. `growth_mb`: resident memory after {args.runs} runs less that after the "
+        f"`uncached_error`: the same of the untouched model. `growth_mb`: memory in use after {args.runs} runs less that after the "
         "third.",
         report.table(
             (*columns, *measured),
