@@ -36,7 +36,7 @@ def ops_extension() -> tuple[Extension, type[build_ext]]:
     extension = CppExtension(
         "fastercache._ops",
         ["csrc/bindings/ops.cpp"],
-        depends=sorted(glob.glob("csrc/*.h") + glob.glob("csrc/kernels/*.h")),
+        depends=sorted(glob.glob("csrc/*.h") + glob.glob("csrc/*/*.h")),
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), ("TORCH_STABLE_ONLY", None)],
         extra_compile_args=FLAGS,
         py_limited_api=True,

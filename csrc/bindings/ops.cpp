@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/version.h>
 
 #include <algorithm>
 #include <array>
@@ -17,20 +16,11 @@
 #include "../kernels/ring.h"
 #include "../kernels/strided.h"
 #include "../row_layout.h"
-
-#define STRING_OF(x) #x
-#define STRING(x) STRING_OF(x)
-
-// fastercache/ops.py finds this text in the file, so it can name the version even when the library does not load.
-extern "C" __attribute__((used, visibility("default"))) const char fastercache_built_with[] =
-    "fastercache built with torch " STRING(TORCH_VERSION_MAJOR) "." STRING(TORCH_VERSION_MINOR) "." STRING(TORCH_VERSION_PATCH);
+#include "checks.h"
 
 namespace {
 
 using namespace fastercache;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 // Elements below which another thread costs more than it saves; at::parallel_for uses the same number.
 constexpr int64_t kGrain = 32768;
 
@@ -50,10 +40,6 @@ void dispatch(ScalarType dtype, F&& call) {
 template <class T> T* data(const Tensor& tensor) { return static_cast<T*>(tensor.data_ptr()); }
 template <class T> const T* const_data(const Tensor& tensor) { return static_cast<const T*>(tensor.const_data_ptr()); }
 
-void check_size(const Tensor& tensor, int64_t expected, const char* name) {
-  STD_TORCH_CHECK(tensor.numel() == expected, name, " has ", tensor.numel(), " elements, expected ", expected);
-}
-
 void check_like(const Tensor& tensor, const Tensor& like, const char* name) {
   bool same = tensor.dim() == like.dim() && tensor.scalar_type() == like.scalar_type();
   for (int64_t d = 0; same && d < like.dim(); ++d) same = tensor.size(d) == like.size(d);
@@ -67,32 +53,9 @@ void check_map(const Tensor& map, const Tensor& like, const char* name) {
   STD_TORCH_CHECK(map.scalar_type() == expected && map.is_contiguous(), name, " must be contiguous, and float64 for float64, else float32");
 }
 
-// Each slot of a ring contiguous, and no two overlapping.
-void check_ring(const Tensor& ring) {
-  STD_TORCH_CHECK(ring.dim() >= 1 && ring.size(0) >= 1, "a ring must be [slots, ...] with at least one slot");
-  int64_t elements = 1;
-  for (int64_t d = ring.dim() - 1; d > 0; --d) {
-    STD_TORCH_CHECK(ring.size(d) <= 1 || ring.stride(d) == elements, "each slot of a ring must be contiguous");
-    elements *= std::max<int64_t>(ring.size(d), 1);  // as torch counts an empty dimension in strides
-  }
-  STD_TORCH_CHECK(ring.size(0) == 1 || ring.stride(0) >= elements, "the slots of a ring must not overlap");
-}
-
-const float* row_data(const Tensor& row) {
-  STD_TORCH_CHECK(
-      row.scalar_type() == ScalarType::Float && row.numel() == ROW_SIZE && row.is_contiguous(),
-      "row must be ", ROW_SIZE, " contiguous float32 values");
-  return const_data<float>(row);
-}
-
 int64_t slot_index(float value, int64_t slots) {
   STD_TORCH_CHECK(value >= 0 && value < float(slots), "the row names ring slot ", value, ", the ring has ", slots);
   return int64_t(value);
-}
-
-int64_t slot_size(const Tensor& ring) {
-  check_ring(ring);
-  return ring.numel() / ring.size(0);
 }
 
 template <class T>
@@ -188,25 +151,6 @@ void ring_blend_add(Tensor x, Tensor gate, Tensor ring, Tensor row) {
   });
 }
 
-// How a packed ring lies beside a tensor of the same lines: `lines` rows of `channels` elements, a `row` of bytes for each.
-struct PackedLines {
-  int64_t lines, channels, bytes;
-  int bits;
-
-  int64_t grain() const { return std::max<int64_t>(1, kGrain / channels); }
-};
-
-PackedLines packed_lines(const Tensor& ring, const Tensor& values, int64_t bits) {
-  STD_TORCH_CHECK(bits == 0 || bits == 4 || bits == 8, "bits is ", bits, ", expected 0, 4 or 8");
-  STD_TORCH_CHECK(values.dim() >= 1 && values.size(values.dim() - 1) >= 1, "expected [..., channels] with at least one channel");
-  STD_TORCH_CHECK(ring.scalar_type() == ScalarType::Byte && ring.is_contiguous(), "a packed ring must be contiguous uint8");
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(ring.const_data_ptr()) % PACKED_ALIGNMENT == 0, "a packed ring must be aligned to 16 bytes");
-  const int64_t channels = values.size(values.dim() - 1), bytes = PackedRow{channels, int(bits)}.bytes();
-  const int64_t lines = values.numel() / channels;
-  check_size(ring, lines * bytes, "ring");
-  return {lines, channels, bytes, int(bits)};
-}
-
 template <class F>
 void dispatch_packed(ScalarType dtype, F&& call) {
   STD_TORCH_CHECK(dtype != ScalarType::Double, "a packed ring holds float32, bfloat16 or float16, not float64");
@@ -228,7 +172,7 @@ PackedTaps read_packed_taps(const Tensor& row_tensor, int64_t bits) {
 template <int N, class F>
 void each_line(const PackedLines& shape, const Tensor& like, const std::array<const int64_t*, N>& strides, F&& run) {
   const StridedWalk<N> lines(int(like.dim()) - 1, like.sizes().data(), strides);
-  torch::stable::parallel_for(0, shape.lines, shape.grain(), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, shape.lines, std::max<int64_t>(1, kGrain / shape.channels), [&](int64_t begin, int64_t end) {
     lines(begin, end, [&](int64_t position, const auto& offsets, int64_t count) {
       auto at = offsets;
       for (int64_t i = 0; i < count; ++i) {
@@ -260,7 +204,7 @@ void packed_blend(Tensor out, Tensor ring, Tensor row, int64_t bits) {
     using T = typename decltype(type)::type;
     T* to = data<T>(out);
     const auto* packed = const_data<uint8_t>(ring);
-    torch::stable::parallel_for(0, shape.lines, shape.grain(), [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, shape.lines, std::max<int64_t>(1, kGrain / shape.channels), [&](int64_t begin, int64_t end) {
       for (int64_t line = begin; line < end; ++line)
         blend_packed(to + line * shape.channels, packed + line * shape.bytes, shape.channels, shape.bits, taps);
     });
