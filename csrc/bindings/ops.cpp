@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
@@ -234,6 +235,15 @@ void packed_blend_add(Tensor x, Tensor gate, Tensor ring, Tensor row, int64_t bi
   });
 }
 
+// The filter of the last call of this thread, where it is the one wanted: a model's planes have one size, and the bases take longer to make
+// than a small split.
+template <class A>
+std::shared_ptr<const LowPass<A>> last_low_pass(int64_t height, int64_t width, int64_t radius) {
+  thread_local std::shared_ptr<const LowPass<A>> last;
+  if (!last || !last->is_for(height, width, radius)) last = std::make_shared<const LowPass<A>>(height, width, radius);
+  return last;
+}
+
 void cfg_split(Tensor low, Tensor high, Tensor uncond, Tensor cond, int64_t radius) {
   const int64_t dims = uncond.dim();
   STD_TORCH_CHECK(dims >= 2, "uncond has ", dims, " dimensions, expected [..., H, W]");
@@ -247,7 +257,8 @@ void cfg_split(Tensor low, Tensor high, Tensor uncond, Tensor cond, int64_t radi
   dispatch(uncond.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     using A = compute_t<T>;
-    const LowPass<A> split(height, width, radius);
+    const std::shared_ptr<const LowPass<A>> low_pass = last_low_pass<A>(height, width, radius);
+    const LowPass<A>& split = *low_pass;
     A *low_data = data<A>(low), *high_data = data<A>(high);
     const T *uncond_data = const_data<T>(uncond), *cond_data = const_data<T>(cond);
     torch::stable::parallel_for(0, uncond.numel() / plane, std::max<int64_t>(1, kGrain / plane), [&](int64_t begin, int64_t end) {
@@ -280,11 +291,13 @@ void cfg_reconstruct(Tensor out, Tensor cond, Tensor low, Tensor high, Tensor ro
     const T* in = const_data<T>(cond);
     const A *low_data = const_data<A>(low), *high_data = const_data<A>(high);
     const A w_low = weights[ROW_LOW], w_high = weights[ROW_HIGH];
+    const bool streaming = out.numel() * int64_t(sizeof(T)) >= CFG_STREAM_BYTES;
     torch::stable::parallel_for(0, half, kGrain, [&](int64_t begin, int64_t end) {
       source(begin, end, [&](int64_t position, const auto& offset, int64_t count) {
         const T* from = in + offset[0];
-        reconstruct_run(rebuilt + position, from, source.step()[0], low_data + position, high_data + position, w_low, w_high, count);
-        copy_run(copied + position, from, source.step()[0], count);
+        reconstruct_run(
+            rebuilt + position, from, source.step()[0], low_data + position, high_data + position, w_low, w_high, count, streaming);
+        copy_run(copied + position, from, source.step()[0], count, streaming);
       });
     });
   });
@@ -305,10 +318,11 @@ void cfg_guide(Tensor out, Tensor cond, Tensor low, Tensor high, Tensor row, Ten
     const T* in = const_data<T>(cond);
     const A *low_data = const_data<A>(low), *high_data = const_data<A>(high);
     const A rest = A(1) - A(*const_data<float>(scale)), w_low = rest * A(weights[ROW_LOW]), w_high = rest * A(weights[ROW_HIGH]);
+    const bool streaming = out.numel() * int64_t(sizeof(T)) >= CFG_STREAM_BYTES;
     torch::stable::parallel_for(0, cond.numel(), kGrain, [&](int64_t begin, int64_t end) {
       source(begin, end, [&](int64_t position, const auto& offset, int64_t count) {
         reconstruct_run(
-            to + position, in + offset[0], source.step()[0], low_data + position, high_data + position, w_low, w_high, count);
+            to + position, in + offset[0], source.step()[0], low_data + position, high_data + position, w_low, w_high, count, streaming);
       });
     });
   });

@@ -6,6 +6,8 @@
 #include <vector>
 
 #include "dtypes.h"
+#include "stream.h"
+#include "tiles.h"
 
 namespace fastercache {
 
@@ -57,6 +59,8 @@ class LowPass {
   LowPass(int64_t height, int64_t width, int64_t radius)
       : height_(height), width_(width), radius_(radius), rows_(height, radius), columns_(width, radius) {}
 
+  bool is_for(int64_t height, int64_t width, int64_t radius) const { return height == height_ && width == width_ && radius == radius_; }
+
   int64_t scratch_size() const { return rows_.modes * (width_ + columns_.modes) + height_ * columns_.modes; }
 
   // `high` holds d on entry and d - low on return.
@@ -88,22 +92,44 @@ template <class T>
 FASTERCACHE_CPU_CLONES void difference_run(
     compute_t<T>* __restrict out, const T* uncond, int64_t uncond_step, const T* cond, int64_t cond_step, int64_t count) {
   if (uncond_step == 1 && cond_step == 1) {
-    for (int64_t i = 0; i < count; ++i) out[i] = load(uncond[i]) - load(cond[i]);
+    Tile<T> uncond_tile, cond_tile;
+    each_tile<T>(count, [&](int64_t at, int64_t size) FASTERCACHE_INLINE_LAMBDA {
+      const auto *u = uncond_tile.read(uncond + at, size), *c = cond_tile.read(cond + at, size);
+      for (int64_t i = 0; i < size; ++i) out[at + i] = load(u[i]) - load(c[i]);
+    });
   } else {
     for (int64_t i = 0; i < count; ++i) out[i] = load(uncond[i * uncond_step]) - load(cond[i * cond_step]);
   }
 }
 
-// rebuilt[i] = cond[i * step] + w_low low[i] + w_high high[i], rounded once
+// rebuilt[i] = cond[i * step] + w_low low[i] + w_high high[i], rounded once; `streaming` past the caches
 template <class T>
 FASTERCACHE_CPU_CLONES void reconstruct_run(
     T* __restrict rebuilt, const T* cond, int64_t step, const compute_t<T>* low, const compute_t<T>* high,
-    compute_t<T> w_low, compute_t<T> w_high, int64_t count) {
-  if (step == 1) {
-    for (int64_t i = 0; i < count; ++i) store(rebuilt + i, load(cond[i]) + w_low * low[i] + w_high * high[i]);
-  } else {
+    compute_t<T> w_low, compute_t<T> w_high, int64_t count, bool streaming = false) {
+  if (step != 1) {
     for (int64_t i = 0; i < count; ++i) store(rebuilt + i, load(cond[i * step]) + w_low * low[i] + w_high * high[i]);
+    return;
   }
+  Tile<T> cond_tile, rebuilt_tile;
+  const auto span = [&](T* out, int64_t at, int64_t size) FASTERCACHE_INLINE_LAMBDA {
+    const auto* c = cond_tile.read(cond + at, size);
+    auto* to = rebuilt_tile.target(out);
+#pragma GCC ivdep
+    for (int64_t i = 0; i < size; ++i) store(to + i, load(c[i]) + w_low * low[at + i] + w_high * high[at + i]);
+    rebuilt_tile.written(out, size);
+  };
+  int64_t done = 0;
+  if (streaming) {
+    constexpr int64_t LINE = (std::is_same_v<T, float16> ? 512 : 256) / sizeof(T);
+    alignas(64) T line[LINE];
+    for (; done + LINE <= count; done += LINE) {
+      span(line, done, LINE);
+      stream(rebuilt + done, line, sizeof line);
+    }
+    stream_fence();
+  }
+  each_tile<T>(count - done, [&](int64_t at, int64_t size) FASTERCACHE_INLINE_LAMBDA { span(rebuilt + done + at, done + at, size); });
 }
 
 }  // namespace fastercache

@@ -7,6 +7,7 @@
 
 #include "../packed_layout.h"
 #include "dtypes.h"
+#include "tiles.h"
 
 namespace fastercache {
 
@@ -54,7 +55,9 @@ FASTERCACHE_INLINE void push_packed_row(uint8_t* packed, const T* in, int64_t st
     alignas(64) float changes[PACKED_BLOCK] = {};
     alignas(64) int8_t codes[PACKED_BLOCK];
     if (step == 1) {
-      for (int i = 0; i < count; ++i) values[i] = float(load(in[begin + i]));
+      Tile<T> tile;
+      const auto* from = tile.read(in + begin, count);
+      for (int i = 0; i < count; ++i) values[i] = float(load(from[i]));
     } else {
       for (int i = 0; i < count; ++i) values[i] = float(load(in[(begin + i) * step]));
     }
@@ -129,7 +132,10 @@ FASTERCACHE_CPU_CLONES void push_packed(uint8_t* packed, const T* in, int64_t st
 template <class T>
 FASTERCACHE_CPU_CLONES void blend_packed(T* out, const uint8_t* packed, int64_t channels, int bits, PackedTaps taps) {
   const auto write = [=](int64_t begin, int count, const float* values) FASTERCACHE_INLINE_LAMBDA {
-    for (int i = 0; i < count; ++i) store(out + begin + i, values[i]);
+    Tile<T> tile;
+    auto* to = tile.target(out + begin);
+    for (int i = 0; i < count; ++i) store(to + i, values[i]);
+    tile.written(out + begin, count);
   };
   switch (bits) {
     case 0: return blend_packed_row<0>(packed, channels, taps, write);
@@ -144,7 +150,13 @@ FASTERCACHE_CPU_CLONES void blend_add_packed(
     T* x, const G* gate, int64_t gate_step, const uint8_t* packed, int64_t channels, int bits, PackedTaps taps) {
   const auto write = [=](int64_t begin, int count, const float* values) FASTERCACHE_INLINE_LAMBDA {
     if (gate_step == 1) {
-      for (int i = 0; i < count; ++i) store(x + begin + i, float(load(x[begin + i])) + float(load(gate[begin + i])) * values[i]);
+      Tile<T> x_tile;
+      Tile<G> gate_tile;
+      x_tile.read(x + begin, count);
+      auto* to = x_tile.target(x + begin);
+      const auto* factors = gate_tile.read(gate + begin, count);
+      for (int i = 0; i < count; ++i) store(to + i, float(load(to[i])) + float(load(factors[i])) * values[i]);
+      x_tile.written(x + begin, count);
     } else {
       for (int i = 0; i < count; ++i)
         store(x + begin + i, float(load(x[begin + i])) + float(load(gate[(begin + i) * gate_step])) * values[i]);

@@ -18,6 +18,9 @@ namespace fastercache {
 // whoever reads it next, storing past the caches saves that: 64 MiB copied in 2.1 ms instead of 3.2, blended in 3.5 instead of 5.3 (Zen 4, two
 // cores). Below this many bytes the reader's gain from the cache is larger.
 constexpr int64_t STREAM_BYTES = int64_t(16) << 20;
+// A rebuilt prediction comes with twice its bytes of maps, which push it out of the caches anyway: 9 MB in 0.56 ms instead of 0.71, and 8 %
+// less with the guidance that follows.
+constexpr int64_t CFG_STREAM_BYTES = int64_t(4) << 20;
 
 FASTERCACHE_INLINE void stream(void* out, const void* in, size_t bytes) {
 #if defined(__SSE2__)

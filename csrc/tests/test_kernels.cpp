@@ -454,7 +454,7 @@ void test_low_pass(Random& random) {
 template <class T>
 void test_difference(Random& random) {
   using A = compute_t<T>;
-  const int64_t count = random.integer(1, 200), uncond_step = random.integer(1, 2), cond_step = random.integer(1, 2);
+  const int64_t count = random.integer(1, 700), uncond_step = random.integer(1, 2), cond_step = random.integer(1, 2);
   const auto uncond = normals<T>(random, (count - 1) * uncond_step + 1), cond = normals<T>(random, (count - 1) * cond_step + 1);
   std::vector<A> out(size_t(count), A(NAN));
   difference_run(out.data(), uncond.data(), uncond_step, cond.data(), cond_step, count);
@@ -465,12 +465,12 @@ void test_difference(Random& random) {
 template <class T>
 void test_reconstruct(Random& random) {
   using A = compute_t<T>;
-  const int64_t count = random.integer(1, 200), step = random.integer(0, 3);
+  const int64_t count = random.integer(1, 700), step = random.integer(0, 3);
   const auto cond = normals<T>(random, (count - 1) * step + 1);
   const auto low = normals<A>(random, count), high = normals<A>(random, count);
   const A w_low = A(random.normal()), w_high = A(random.normal());
   std::vector<T> out(size_t(count), narrowed<T>(NAN));
-  reconstruct_run(out.data(), cond.data(), step, low.data(), high.data(), w_low, w_high, count);
+  reconstruct_run(out.data(), cond.data(), step, low.data(), high.data(), w_low, w_high, count, random.chance());
   for (int64_t i = 0; i < count; ++i) {
     const double terms[] = {double(load(cond[size_t(i * step)])), double(w_low) * double(low[size_t(i)]), double(w_high) * double(high[size_t(i)])};
     check_close<T>(
