@@ -22,7 +22,7 @@ SIZE = 64e6
 """Bytes of one site's output."""
 CHANNELS = 1920
 PUBLISHED_CHANNELS = {"Open-Sora 1.2, Latte": 1152, "CogVideoX-2B": 1920, "HunyuanVideo": 3072}
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RING_OPS = ("ring_push", "ring_blend", "ring_blend_add")
 PACKED_OPS = ("packed_push", "packed_blend", "packed_blend_add")
 TOKENS, CHANGE, SEED = 512, 0.2, 20241101
@@ -34,7 +34,8 @@ def cases(size: float) -> Iterator[op_cases.Case]:
         name, shape = str(dtype).removeprefix("torch."), (max(1, round(size / dtype.itemsize / CHANNELS)), CHANNELS)
         yield from op_cases.ring_cases(name, shape, dtype, "cpu")
         yield from op_cases.packed_cases(name, shape, dtype, "cpu")
-    yield op_cases.skipped_step_case("cpu")
+    for dtype in (torch.float32, torch.float16):
+        yield op_cases.skipped_step_case("cpu", dtype)
 
 
 def blend_errors() -> list[Row]:
@@ -89,7 +90,7 @@ def bars(rows: Sequence[Row], formats: Sequence[Row], dispatch: Sequence[Row]) -
         op_rows.bar("ring ops: against the best of eager and Inductor", of(*RING_OPS), against_best, 0.95),
         op_rows.bar("packed ops: against the best of eager and Inductor", of(*PACKED_OPS), against_best, 0.95),
         op_rows.bar("ring_blend_add: against the best eager form", of("ring_blend_add"), lambda row: row["vs_eager"], 1.4),
-        op_rows.bar("CFG work of a skipped step: against FFTs", of("cfg_skipped_step"), lambda row: row["vs_eager"], 30.0),
+        *op_rows.skipped_step_bars(of("cfg_skipped_step"), 30.0),
         *dispatch_bars(dispatch),
         *(
             op_rows.bar(f"{label}: share of two bfloat16 slots", kept(label), lambda row: row["share_of_two_bfloat16_slots"], most, False)

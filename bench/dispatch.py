@@ -20,8 +20,8 @@ def dispatch_rows(device: str, calls: int = 300) -> list[op_rows.Row]:
     ring, x, out = torch.randn(3, 1, 1, 16, device=device), torch.randn(1, 1, 16, device=device), torch.empty(1, 1, 16, device=device)
     gate = torch.ones(1, 1, 16, device=device)
     packed_ring = torch.zeros(1, 1, ops.PackedRow(16, 8).bytes, dtype=torch.uint8, device=device)
-    cond, uncond, low, high = torch.randn(4, 1, 1, 16, 16, device=device)
-    both = torch.empty(2, 1, 16, 16, device=device)
+    cond, uncond, low, high = torch.randn(4, 1, 1, 4, 4, device=device)
+    both = torch.empty(2, 1, 4, 4, device=device)
     namespace = torch.ops.fastercache
     calls_of = {
         "ring_push": (lambda: ops.ring_push(ring, x, row), lambda op=namespace.ring_push.default: op(ring, x, row)),
@@ -40,8 +40,8 @@ def dispatch_rows(device: str, calls: int = 300) -> list[op_rows.Row]:
             lambda op=namespace.packed_blend_add.default: op(x, gate, packed_ring, row, 8),
         ),
         "cfg_split": (
-            lambda: ops.cfg_split(low, high, uncond, cond, 3),
-            lambda op=namespace.cfg_split.default: op(low, high, uncond, cond, 3),
+            lambda: ops.cfg_split(low, high, uncond, cond, 1),
+            lambda op=namespace.cfg_split.default: op(low, high, uncond, cond, 1),
         ),
         "cfg_reconstruct": (
             lambda: ops.cfg_reconstruct(both, cond, low, high, row, 1),

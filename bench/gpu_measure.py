@@ -26,7 +26,7 @@ def cases(device: str, scale: float) -> Iterator[op_cases.Case]:
     bfloat16 = torch.bfloat16
     return chain(
         (case for name, shape in sites.items() for case in op_cases.ring_cases(name, shape, bfloat16, device)),
-        [op_cases.skipped_step_case(device, latents["CogVideoX"])],
+        [op_cases.skipped_step_case(device, dtype, latents["CogVideoX"]) for dtype in (torch.float32, torch.float16)],
         (case for name, shape in latents.items() for case in op_cases.cfg_cases(name, shape, bfloat16, device)),
         (case for name, shape in sites.items() for case in op_cases.packed_cases(name, shape, bfloat16, device)),
     )
@@ -44,7 +44,7 @@ def bars(rows: Sequence[Row], dispatch: Sequence[Row], device: str) -> list[Row]
         op_rows.bar("ring ops: against the best of eager and Inductor", of(*RING_OPS), against_best, 0.97),
         op_rows.bar("ring_blend_add: against the best eager form", of("ring_blend_add"), lambda row: row["vs_eager"], 1.4),
         op_rows.bar("cfg_reconstruct: share of a copy's speed", of("cfg_reconstruct"), lambda row: row["copy_fraction"], 0.9),
-        op_rows.bar("CFG work of a skipped step: against FFTs", of("cfg_skipped_step"), lambda row: row["vs_eager"], skipped),
+        *op_rows.skipped_step_bars(of("cfg_skipped_step"), skipped),
         op_rows.bar("cfg_split: against cuFFT forward, mask, inverse", of("cfg_split"), lambda row: row["vs_eager"], 1.5),
         *dispatch_bars(dispatch),
     ]

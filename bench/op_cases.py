@@ -25,6 +25,7 @@ SITES = {"CogVideoX-2B": (17776, 1920), "Open-Sora": (90630, 1152), "HunyuanVide
 """Tokens and channels of one branch's output of a site: 49 frames at 480 x 720, 57 latent frames at 480 x 848, 129 frames at 720 x 1280."""
 LATENTS = {"CogVideoX": (13, 16, 60, 90), "Latte": (16, 4, 64, 64), "Open-Sora": (57, 4, 60, 106)}
 """Frames, channels, height and width of one branch's prediction."""
+AS_RELEASED = "as released: fft2, fftshift, mask, ifftshift, ifft2"
 FORMATS = {"int8": 8, "int8-int4": 4}
 W, LOW, HIGH, GUIDANCE = 0.4, 1.2, 1.0, 7.5
 """w of Eq. 5, w1 and w2 of Eq. 9 and 10, and the guidance scale."""
@@ -359,25 +360,37 @@ def cfg_cases(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str
     )
 
 
-def skipped_step_case(device: str, shape: tuple[int, ...] = LATENTS["CogVideoX"]) -> Case:
-    """All the CFG work of a step without an unconditional branch, in float32: ours against the paper's formulation with an FFT each way.
+def skipped_step_case(device: str, dtype: torch.dtype, shape: tuple[int, ...] = LATENTS["CogVideoX"]) -> Case:
+    """All the CFG work of a step without an unconditional branch: ours against the paper's formulation with an FFT each way.
 
-    The FFT form is given its mask and the weighted sum of the two stored spectra beforehand.
+    Both FFT forms compute in float32 and are given the two stored spectra. `as released` does what the authors' code and diffusers' do
+    at every such step: it shifts the spectrum, makes the mask anew and shifts back. The eager form is the best plain one: no shifts, and
+    a mask made beforehand.
     """
-    template = next(cfg_cases("CogVideoX", shape, torch.float32, device))
-    mask = low_band(shape, device)
+    template = next(cfg_cases(f"CogVideoX {str(dtype).removeprefix('torch.')}", shape, dtype, device))
+    mask, planes = low_band(shape, device), (-2, -1)
 
     def buffers() -> Tensors:
         t = template.buffers()
         t.low_spectrum, t.high_spectrum = torch.fft.fft2(t.low), torch.fft.fft2(t.high)
+        t.low_shifted, t.high_shifted = (torch.fft.fftshift(x, dim=planes) for x in (t.low_spectrum, t.high_spectrum))
         return t
 
     def fft(t: Tensors) -> None:
-        spectrum = torch.fft.fft2(t.cond)
+        spectrum = torch.fft.fft2(t.cond.float())
         low, high = spectrum * mask + LOW * t.low_spectrum, spectrum * ~mask + HIGH * t.high_spectrum
         t.out[:1] = torch.fft.ifft2(low + high).real
         t.out[1:] = t.cond
 
-    forms = {"ours": template.forms["ours"], "eager fft2, mask, ifft2": fft}
+    def as_released(t: Tensors) -> None:
+        height, width = t.cond.shape[-2:]
+        y, x = torch.meshgrid(torch.arange(height) - height // 2, torch.arange(width) - width // 2, indexing="ij")
+        inside = (x**2 + y**2 <= (min(height, width) // 5) ** 2).to(t.cond.device)
+        spectrum = torch.fft.fftshift(torch.fft.fft2(t.cond.float()), dim=planes)
+        low, high = spectrum * inside + LOW * t.low_shifted, spectrum * ~inside + HIGH * t.high_shifted
+        rebuilt = torch.fft.ifft2(torch.fft.ifftshift(low + high, dim=planes)).real
+        torch.cat([rebuilt.to(t.cond.dtype), t.cond], out=t.out)
+
+    forms = {"ours": template.forms["ours"], "eager fft2, mask, ifft2": fft, AS_RELEASED: as_released}
     expected, results = template.expected, template.results
     return Case("cfg_skipped_step", template.name, template.moved, buffers, forms, expected, results, template.tolerances)

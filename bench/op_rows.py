@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from bench import report
-from bench.op_cases import Case
+from bench.op_cases import AS_RELEASED, Case
 from bench.timing import percentiles, time_case
 
 Row = dict[str, Any]
@@ -85,6 +85,19 @@ def against_best(row: Row) -> float | None:
     """Time of the best plain form, eager or Inductor's, over ours."""
     known = [row[key] for key in ("vs_eager", "vs_inductor") if row[key] is not None]
     return min(known, default=None)
+
+
+def skipped_step_bars(rows: Sequence[Row], bound: float) -> list[Row]:
+    """The CFG work of a skipped step against the FFTs that the authors' code runs, and against the best plain form of them."""
+
+    def against_released(row: Row) -> float | None:
+        times = row.get("p50_us_of", {})
+        return times[AS_RELEASED] / times["ours"] if {AS_RELEASED, "ours"} <= times.keys() else None
+
+    return [
+        bar("CFG work of a skipped step: against the FFTs as released", rows, against_released, bound),
+        bar("CFG work of a skipped step: against the best plain FFTs", rows, lambda row: row["vs_eager"], bound),
+    ]
 
 
 def bar(text: str, rows: Sequence[Row], value: Callable[[Row], float | None], bound: float, at_least: bool = True) -> Row:

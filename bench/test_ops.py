@@ -32,7 +32,7 @@ def cases(device: str, size: float) -> Iterator[Case]:
         if ops.packed_missing(torch.device(device)) is None:
             yield from op_cases.packed_cases(name, shape, dtype, device)
     yield from op_cases.cfg_cases("CogVideoX", op_cases.LATENTS["CogVideoX"], torch.float32, device)
-    yield op_cases.skipped_step_case(device)
+    yield op_cases.skipped_step_case(device, torch.float32)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -213,7 +213,8 @@ def map_dtype(dtype: torch.dtype) -> torch.dtype:
 
 # The checks accept what is right in as few tensor attributes as they can, about 0.1 us each, and then look for what is wrong: a run calls
 # the ops some hundred times a step, and what they do may take less than 5 us.
-_ROW_SHAPE = torch.Size((ROW_SIZE,))
+_ROW_SHAPE, _SCALE_SHAPE = torch.Size((ROW_SIZE,)), torch.Size((1,))
+_MAP_DTYPES = {dtype: map_dtype(dtype) for dtype in DTYPES}
 
 
 def _check_dtype(name: str, tensor: torch.Tensor) -> None:
@@ -221,7 +222,7 @@ def _check_dtype(name: str, tensor: torch.Tensor) -> None:
         raise TypeError(f"{name} has dtype {tensor.dtype}, expected one of {', '.join(str(dtype) for dtype in DTYPES)}")
 
 
-def _check_tensor(name: str, tensor: torch.Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+def _check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     if tensor.shape != shape:
         raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
     if tensor.dtype != dtype:
@@ -426,11 +427,12 @@ def cfg_split(low: torch.Tensor, high: torch.Tensor, uncond: torch.Tensor, cond:
         TypeError: a dtype is wrong, or the radius is not an int.
     """
     _check_dtype("uncond", uncond)
-    if uncond.dim() < 2:
-        raise ValueError(f"uncond has shape {list(uncond.shape)}, expected [..., H, W]")
-    _check_tensor("cond", cond, uncond.shape, uncond.dtype, uncond.device)
-    _check_maps(low, high, uncond)
-    _check_radius(radius, uncond.shape[-2], uncond.shape[-1])
+    shape = uncond.shape
+    if len(shape) < 2:
+        raise ValueError(f"uncond has shape {list(shape)}, expected [..., H, W]")
+    _check_tensor("cond", cond, shape, uncond.dtype, uncond.device)
+    _check_maps(low, high, uncond, shape)
+    _check_radius(radius, shape[-2], shape[-1])
     _cfg_split(low, high, uncond, cond, radius)
 
 
@@ -457,12 +459,13 @@ def cfg_reconstruct(
         TypeError: a dtype is wrong.
     """
     _check_dtype("cond", cond)
-    if cond.dim() < 1:
+    shape, device = cond.shape, cond.device
+    if not shape:
         raise ValueError("cond has no dimension, expected [n, ...]")
-    _check_tensor("out", out, torch.Size((2 * cond.shape[0], *cond.shape[1:])), cond.dtype, cond.device)
+    _check_tensor("out", out, (2 * shape[0], *shape[1:]), cond.dtype, device)
     _check_contiguous("out", out)
-    _check_maps(low, high, cond)
-    _check_row(row, cond.device)
+    _check_maps(low, high, cond, shape)
+    _check_row(row, device)
     if cond_half not in (0, 1):
         raise ValueError(f"cond_half is {cond_half!r}, expected 0 (conditional rows first) or 1 (last)")
     _cfg_reconstruct(out, cond, low, high, row, cond_half)
@@ -492,13 +495,14 @@ def cfg_guide(
         TypeError: a dtype is wrong.
     """
     _check_dtype("cond", cond)
-    _check_maps(low, high, cond)
-    _check_row(row, cond.device)
-    _check_tensor("scale", scale, torch.Size((1,)), torch.float32, cond.device)
+    shape, device = cond.shape, cond.device
+    _check_maps(low, high, cond, shape)
+    _check_row(row, device)
+    _check_tensor("scale", scale, _SCALE_SHAPE, torch.float32, device)
     if out is None:
-        out = torch.empty(cond.shape, dtype=cond.dtype, device=cond.device)
+        out = torch.empty(shape, dtype=cond.dtype, device=device)
     else:
-        _check_tensor("out", out, cond.shape, cond.dtype, cond.device)
+        _check_tensor("out", out, shape, cond.dtype, device)
         _check_contiguous("out", out)
     _cfg_guide(out, cond, low, high, row, scale)
     return out
@@ -537,24 +541,24 @@ def _check_gated(x: torch.Tensor, gate: torch.Tensor) -> None:
 def _check_packed(ring: torch.Tensor, values: torch.Tensor, name: str, bits: int) -> None:
     if values.dtype not in PACKED_DTYPES:
         raise TypeError(f"{name} has dtype {values.dtype}, expected one of {', '.join(str(dtype) for dtype in PACKED_DTYPES)}")
-    if values.dim() < 1 or values.shape[-1] < 1:
-        raise ValueError(f"{name} has shape {list(values.shape)}, expected [..., channels] with at least one channel")
-    shape = torch.Size((*values.shape[:-1], PackedRow(values.shape[-1], bits).bytes))
-    _check_tensor("ring", ring, shape, torch.uint8, values.device)
+    shape = values.shape
+    if not shape or shape[-1] < 1:
+        raise ValueError(f"{name} has shape {list(shape)}, expected [..., channels] with at least one channel")
+    _check_tensor("ring", ring, (*shape[:-1], _packed.row_bytes(shape[-1], bits)), torch.uint8, values.device)
     # Dynamo does not trace the offset; the kernels check it again.
     if not torch.compiler.is_compiling() and ring.storage_offset() % _packed.ALIGNMENT:
         raise ValueError(f"ring begins {ring.storage_offset()} bytes into its storage, expected a multiple of {_packed.ALIGNMENT}")
     _check_contiguous("ring", ring)
 
 
-def _check_maps(low: torch.Tensor, high: torch.Tensor, like: torch.Tensor) -> None:
-    shape, dtype, device = like.shape, map_dtype(like.dtype), like.device
-    _check_tensor("low", low, shape, dtype, device)
-    _check_contiguous("low", low)
-    _check_tensor("high", high, shape, dtype, device)
-    _check_contiguous("high", high)
+def _check_maps(low: torch.Tensor, high: torch.Tensor, like: torch.Tensor, shape: torch.Size) -> None:
+    dtype, device = _MAP_DTYPES[like.dtype], like.device
     if low is high:
         raise ValueError("low and high are one tensor, expected two")
+    for name, one in (("low", low), ("high", high)):
+        if one.shape != shape or one.dtype is not dtype or one.device != device or not one.is_contiguous():
+            _check_tensor(name, one, shape, dtype, device)
+            _check_contiguous(name, one)
 
 
 def _check_radius(radius: int, height: int, width: int) -> None:

@@ -76,6 +76,17 @@ class PackedRow:
         return _aligned(self.newest_scales + scales)
 
 
+_ROW_BYTES: dict[tuple[int, int], int] = {}
+
+
+def row_bytes(channels: int, bits: int) -> int:
+    """`PackedRow(channels, bits).bytes`, looked up: the ops check every call, and a row takes 1 us to make."""
+    if torch.compiler.is_compiling():
+        return PackedRow(channels, bits).bytes
+    found = _ROW_BYTES.get((channels, bits))
+    return _ROW_BYTES.setdefault((channels, bits), PackedRow(channels, bits).bytes) if found is None else found
+
+
 def _blocks(x: torch.Tensor) -> torch.Tensor:
     """`[..., channels]` as `[..., blocks, 128]`, the last block filled up with zeros."""
     missing = -x.shape[-1] % BLOCK
