@@ -143,6 +143,9 @@ def _of_model(model: str, about: dict[str, Any], dtype: str, rows: Sequence[Row]
             [(x["factor"], number(x["value"]) or "not measured", number(x["of_flops_ratio"])) for x in about["factors"]],
         ),
     ]
+    kernels = [f"{row['configuration']}: `{row['attention_kernels'][0]}`" for row in rows if row.get("attention_kernels")]
+    if kernels:
+        parts.append(f"The kernels of attention, as the profiler saw them: {'; '.join(kernels)}.")
     if about["difference"] is not None:
         parts.append(
             f"The latents at the end of the compiled cached run differ from the uncached ones by {about['difference']:.3f} of their root "

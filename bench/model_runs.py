@@ -266,8 +266,9 @@ def described_failure(error: BaseException) -> str:
 
 
 def free() -> None:
-    gc.collect()
+    """Give memory back to the GPU."""
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
 
 
@@ -443,7 +444,7 @@ def attention_rows(case: Case, seconds: float = 0.5) -> list[Row]:
     return rows
 
 
-# ---- from end to end --------------------------------------------------------------------------------------------------------------------
+# ---- from end to end ---------------------------------------------------------------------------------------------------------------------
 
 
 def end_to_end(case: Case, row: Row) -> None:
