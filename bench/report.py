@@ -58,12 +58,22 @@ def between(interval: Sequence[float], spec: str = ".2f") -> str:
     return f"[{low:{spec}}, {high:{spec}}]"
 
 
-def write(out: Path, title: str, command: str, data: Mapping[str, Any], body: Sequence[str]) -> None:
+def write(
+    out: Path,
+    title: str,
+    command: str,
+    data: Mapping[str, Any],
+    body: Sequence[str],
+    commit_measured: str | None = None,
+    quiet: bool = False,
+) -> None:
     """Write `data` with the environment to `out` (JSON), and the paragraphs and tables of `body` next to it as Markdown; print those.
 
+    commit_measured: where git cannot tell. quiet: do not print.
     Each file appears whole or not at all. JSON has no infinities, so a number that is not finite becomes null.
     """
     facts = provenance()
+    facts["commit"] = commit_measured or facts["commit"]
     machine, versions = facts["machine"], facts["versions"]
     known = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     gpu = f", {machine['gpu']}" if machine["gpu"] else ""
@@ -75,7 +85,8 @@ def write(out: Path, title: str, command: str, data: Mapping[str, Any], body: Se
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, (pretty(_plain(document)) + "\n").encode())
     write_whole(out.with_suffix(".md"), text.encode())
-    print(text)
+    if not quiet:
+        print(text)
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -8,7 +8,8 @@ from collections import Counter
 import pytest
 import torch
 from models import OTHERS, TWO_CALLS, call
-from published import build
+
+from bench.published import build
 
 
 def names(model):

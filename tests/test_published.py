@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from published import PUBLISHED, build
 from test_presets import PUBLISHED as TFLOPS
 from test_presets import plan_of
 
+from bench.published import PUBLISHED, build
 from fastercache import flops
 from fastercache.families import family_of
 from fastercache.memory import FORMATS, plan_cache
