@@ -36,6 +36,7 @@ def compile(
     backend: str | Callable[..., Any] | None = None,
     mode: str | None = None,
     regional: bool = False,
+    attention_backend: str | None = None,
 ) -> T:
     """Make a pipeline or a denoiser run a caching schedule; returns the same object.
 
@@ -51,9 +52,12 @@ def compile(
     backend, mode: compile the model too, one full graph for each phase of the schedule; as torch.compile has them, such as
         backend="inductor", mode="reduce-overhead". The first run compiles, unless `fastercache.warmup` has.
     regional: compile the repeated block, once for all layers, instead of the whole model: much faster to compile.
+    attention_backend: one of diffusers' attention backends by name, such as "flash" or "_native_cudnn", until `restore`. "auto" times,
+        at the first call and once, the installed ones that are exact (none that is quantized, as SageAttention, or would be downloaded)
+        on the model's shapes, and takes the fastest: the summary tells the times. None leaves what `set_attention_backend` has set.
 
-    Errors leave the target as it was: `UnsupportedModelError`, `ScheduleError`, `CompileError` (compiled already, by this or by torch),
-    `CacheError`.
+    Errors leave the target as it was: `UnsupportedModelError`, `ScheduleError`, `CompileError` (compiled already, by this or by torch; an
+    attention backend that is not there), `CacheError`.
     """
     budget = CacheBudget(cache_format, max_cache_bytes)
     if backend is None and (mode is not None or regional):
@@ -66,7 +70,7 @@ def compile(
         engines: dict[str, Engine] = {}
         try:
             for component, model in pipelines.denoisers_of(target).items():
-                engines[component] = _install(model, rule, None, budget, options)
+                engines[component] = _install(model, rule, None, budget, options, attention_backend)
         except Exception:
             for engine in engines.values():
                 _remove(engine)
@@ -78,7 +82,7 @@ def compile(
     if (steps is None) != (cfg is None):
         raise CompileError(f"steps={steps!r} with cfg={cfg!r}: give both, or neither and enter fastercache.run(model, steps=..., cfg=...)")
     default = None if steps is None or cfg is None else _spec(steps, cfg)
-    _install(target, rule, default, budget, options)
+    _install(target, rule, default, budget, options, attention_backend)
     return target
 
 
@@ -91,7 +95,12 @@ def _spec(steps: int, cfg: BranchOrder) -> RunSpec:
 
 
 def _install(
-    model: nn.Module, schedule: Schedule | Policy, default: RunSpec | None, budget: CacheBudget, options: GraphOptions | None
+    model: nn.Module,
+    schedule: Schedule | Policy,
+    default: RunSpec | None,
+    budget: CacheBudget,
+    options: GraphOptions | None,
+    attention_backend: str | None,
 ) -> Engine:
     if hasattr(model, "_orig_mod") or any(getattr(part, "_compiled_call_impl", None) is not None for part in model.modules()):
         raise CompileError(
@@ -103,6 +112,12 @@ def _install(
     if getattr(model, "is_cache_enabled", False):
         raise CompileError(f"this {type(model).__name__} has a diffusers cache enabled; call model.disable_cache() first")
     engine = Engine(model, family_of(model), schedule, default, budget, options)
+    if attention_backend is not None:
+        try:
+            engine.attention.use(attention_backend)
+        except Exception:
+            engine.detach()
+            raise
     setattr(model, _ENGINE, engine)
     return engine
 

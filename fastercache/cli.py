@@ -131,6 +131,9 @@ def sample(
         Format | None, typer.Option(help="How caches are stored; default: the best that fits --max-cache-gb, lossless without it.")
     ] = None,
     max_cache_gb: Annotated[float | None, typer.Option(min=0, help="Most gigabytes (1e9 bytes) the caches may take.")] = None,
+    attention_backend: Annotated[
+        str | None, typer.Option(help="diffusers' attention backend, such as flash, or auto: times the exact ones that are installed.")
+    ] = None,
     compare: Annotated[bool, typer.Option(help="Also sample uncached, and show both side by side.")] = False,
     download: Annotated[bool, typer.Option("--download", help="Let diffusers fetch what is not on this machine.")] = False,
 ) -> None:
@@ -152,6 +155,7 @@ def sample(
         plan,
         cache_format=None if cache_format is None else cache_format.value,
         max_cache_bytes=None if max_cache_gb is None else int(max_cache_gb * 1e9),
+        attention_backend=attention_backend,
     )
 
     if compare:

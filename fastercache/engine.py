@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from fastercache import flops, ops
+from fastercache.attention import Attention
 from fastercache.errors import FasterCacheWarning, RunError, ScheduleError
 from fastercache.families import BranchOrder, Family, Site
 from fastercache.gates import Gate, GroupState
@@ -76,6 +77,7 @@ class Engine:
         self._site_patches = [ForwardPatch(site.module, gate, traced=True) for site, gate in zip(self.sites, self.gates, strict=True)]
         self._model_patch = ForwardPatch(model, self._at_model)
         self.labels = CallLabels(model)
+        self.attention = Attention(model)
         # 120 steps are enough for any policy that skips at all to do so.
         longest = schedule if isinstance(schedule, Schedule) else schedule(120, True)
         self._meant_to_skip = not longest.skips_nothing
@@ -94,6 +96,7 @@ class Engine:
         for patch in (self._model_patch, *self._site_patches):
             patch.remove()
         self.labels.detach()
+        self.attention.restore()
         if self.graphs is not None:
             self.graphs.detach()
         self._run = self._kept = None
@@ -319,6 +322,7 @@ class Run:
         self.table = torch.tensor(plan.table(), dtype=torch.float32).to(device)
         self.groups = [GroupState(row) for row in self.cache.rows[:-1]]
         engine.open_gates(plan, self.cache, self.groups)
+        self.attention = engine.attention.backends
         self.order, self.batch, self.guidance, self.plan = order, batch, spec.order, plan
 
     def call(self, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
@@ -332,6 +336,8 @@ class Run:
             )
         try:
             if self.plan is None:
+                graphs = self.engine.graphs
+                self.engine.attention.settle(original, arguments, None if graphs is None else graphs.options.backend)
                 self._begin(arguments)
             assert self.plan is not None
             if self.position >= len(self.plan.steps):
@@ -353,6 +359,9 @@ class Run:
         except BaseException as error:
             self._failed = f"{type(error).__name__}: {error}"
             self._finish()
+            refusal = self.engine.attention.refusal(error)
+            if refusal is not None:
+                raise refusal from error
             raise
         if self.two_calls is None or not self.two_calls.between:
             self._done.append(self.plan.steps[self.position])
@@ -409,7 +418,7 @@ class Run:
             # Weights that were given another dtype since need graphs of their own, too.
             weights = next((parameter.dtype for parameter in self.engine.model.parameters()), None)
             phase = (self.order, self.planned.format, self.plan.groups, step.phase, branch)
-            graphs = self._graphs[step.phase, branch] = compiled.of((weights, *input_signature(arguments)), phase)
+            graphs = self._graphs[step.phase, branch] = compiled.of((weights, self.attention, *input_signature(arguments)), phase)
         return compiled.call(original, graphs, arguments)
 
     def _rebuild(self, original: Callable[..., Any], arguments: dict[str, Any], step: PlannedStep) -> Any:
@@ -446,13 +455,18 @@ class Run:
         engine, device = self.engine, self._first_key[-1]
         implementations = {op: ops.implementations()[op][device.type] for op in sorted(self._ops_run())}
         notes = [note] if note else []
-        notes += self._notes
+        notes += self._notes + engine.attention.notes
         compiled = "" if engine.graphs is None else engine.graphs.describe()
         if self.position < len(self.plan.steps) and note is None:
             notes.append(f"stopped after {self.position} of {len(self.plan.steps)} steps")
         notes += ops.fallback_reasons()
         forward = type(engine.model).forward.__get__(engine.model)
-        count = partial(flops.count_run, engine.model, forward, engine.family, engine.sites, self.plan, self.guidance, self.shapes)
+        plan = self.plan
+
+        def count() -> flops.RunFlops:
+            with engine.attention.natively():  # the operations of other kernels are not known to torch's counter
+                return flops.count_run(engine.model, forward, engine.family, engine.sites, plan, self.guidance, self.shapes)
+
         return Summary(
             model=type(engine.model).__name__, family=engine.family.name, schedule=self.plan.schedule.name, guidance=self.guidance,
             steps=len(self.plan.steps), steps_done=self.position, sites=count_sites(self.plan, engine.sites, self._done),
