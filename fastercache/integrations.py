@@ -63,8 +63,8 @@ def on_shapes(model: nn.Module) -> Iterator[torch.device]:
     the disk or from another dtype, have stand-ins, and so have quantized ones (torchao), whose products no counter knows.
     """
     device = torch.device(getattr(model, "device", None) or next(model.parameters()).device)
-    if device.type == "meta":
-        device = torch.device("cpu")
+    if device.type == "meta":  # a model without weights, or one whose weights are offloaded: then its buffers are where it runs
+        device = next((tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.device != device), device)
     hooked, replaced = [], []
     for module in model.modules():
         place, key = forward_slot(module)
@@ -117,6 +117,6 @@ def _adapters(layer: Any) -> Hashable:
 
 
 def changed(before: ModelState, now: ModelState) -> str:
-    """For people: how many modules have changed, and one of them."""
+    """For people: how many modules have changed, and one of them, other than the model itself."""
     paths = [path for path in {**before, **now} if before.get(path) != now.get(path)]
     return f"{len(paths)} modules, such as {next(filter(None, paths), '')!r}"
