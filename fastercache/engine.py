@@ -22,7 +22,7 @@ from torch import nn
 
 from fastercache import flops, ops
 from fastercache.attention import Attention
-from fastercache.errors import FasterCacheWarning, RunError, ScheduleError
+from fastercache.errors import CompileError, FasterCacheWarning, RunError, ScheduleError
 from fastercache.families import BranchOrder, Family, Site
 from fastercache.gates import Gate, GroupState
 from fastercache.graphs import GraphOptions, Graphs, PhaseGraphs, input_signature
@@ -72,6 +72,11 @@ class Engine:
         self._said_uncached = False
         self.on_phase: Callable[[int, int], None] | None = None
         self.sites: list[Site] = family.sites(model)
+        self._blocks: dict[str, list[int]] = {}
+        for index, site in enumerate(self.sites):
+            self._blocks.setdefault(family.block_of(site), []).append(index)
+        blocks = (model.get_submodule(path) for path in self._blocks)
+        self.graphs = PhaseGraphs(model, options, blocks) if options is not None else None
         self._parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self.gates = [Gate() for _ in self.sites]
         self._site_patches = [ForwardPatch(site.module, gate, traced=True) for site, gate in zip(self.sites, self.gates, strict=True)]
@@ -83,11 +88,6 @@ class Engine:
         self._meant_to_skip = not longest.skips_nothing
         self._plans: dict[RunSpec, Plan] = {}
         self._kept: Cache | None = None
-        self._blocks: dict[str, list[int]] = {}
-        for index, site in enumerate(self.sites):
-            self._blocks.setdefault(family.block_of(site), []).append(index)
-        blocks = (model.get_submodule(path) for path in self._blocks)
-        self.graphs = PhaseGraphs(model, options, blocks) if options is not None else None
 
     def detach(self) -> None:
         """Take every patch out and free the caches. Refused while a run is under way in a scope."""
@@ -117,6 +117,20 @@ class Engine:
         if self.graphs is not None:
             self._kept = cache
         return cache
+
+    def check_model(self) -> str | None:
+        """Before a run: `CompileError` if the model is not one that was compiled any more, a note if it is one that costs new graphs."""
+        for site in self.sites:
+            try:
+                unchanged = self.model.get_submodule(site.path) is site.module
+            except AttributeError:
+                unchanged = False
+            if not unchanged:
+                raise CompileError(
+                    f"{site.path} of {type(self.model).__name__} was replaced after fastercache.compile, perhaps by an adapter around it, "
+                    "and what is cached would miss that; call fastercache.restore and compile again"
+                )
+        return self.graphs.begin_run() if self.graphs is not None else None
 
     def open_gates(self, plan: Plan, cache: Cache, states: Sequence[GroupState]) -> None:
         """Let the sites act by the states of their groups. `ScheduleError` if the schedule reuses what the model does not have."""
@@ -297,8 +311,13 @@ class Run:
         latents = self.engine.family.latents(arguments)
         return tuple(latents.shape), latents.dtype, latents.device
 
+    def _note(self, note: str | None) -> None:
+        if note:
+            self._notes.append(note)
+
     def _begin(self, arguments: dict[str, Any]) -> None:
         engine, family = self.engine, self.engine.family
+        self._note(engine.check_model())
         spec = self._describe()
         self._first_key, self.shapes = self._key(arguments), flops.shapes_only(arguments)
         if spec.order in BATCH_ORDER:
@@ -314,8 +333,8 @@ class Run:
         plan = engine.plan_for(spec)
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else family.dtype(engine.model, arguments)
         self.planned, note = engine.budget.choose(partial(plan_cache, family, engine.model, engine.sites, plan, arguments, dtype), device)
+        self._note(note)
         if note:
-            self._notes.append(note)
             logger.info(note)
         self.cache: Cache | None = engine.cache_for(self.planned, len(plan.groups) + 1, device)
         self.cache_bytes = self.cache.bytes
@@ -415,10 +434,8 @@ class Run:
             return original(**arguments)
         graphs = self._graphs.get((step.phase, branch))
         if graphs is None:
-            # Weights that were given another dtype since need graphs of their own, too.
-            weights = next((parameter.dtype for parameter in self.engine.model.parameters()), None)
             phase = (self.order, self.planned.format, self.plan.groups, step.phase, branch)
-            graphs = self._graphs[step.phase, branch] = compiled.of((weights, self.attention, *input_signature(arguments)), phase)
+            graphs = self._graphs[step.phase, branch] = compiled.of((self.attention, *input_signature(arguments)), phase)
         return compiled.call(original, graphs, arguments)
 
     def _rebuild(self, original: Callable[..., Any], arguments: dict[str, Any], step: PlannedStep) -> Any:
@@ -455,6 +472,7 @@ class Run:
         engine, device = self.engine, self._first_key[-1]
         implementations = {op: ops.implementations()[op][device.type] for op in sorted(self._ops_run())}
         notes = [note] if note else []
+        self._note(engine.graphs.end_run() if engine.graphs is not None else None)
         notes += self._notes + engine.attention.notes
         compiled = "" if engine.graphs is None else engine.graphs.describe()
         if self.position < len(self.plan.steps) and note is None:

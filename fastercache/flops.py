@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastercache.families import BranchOrder, Family, Site
+from fastercache.integrations import on_shapes
 from fastercache.memory import branch_rows
 from fastercache.plan import Plan, group_of
 from fastercache.two_calls import BATCH_ORDER
@@ -58,7 +58,6 @@ def _count(
     model: nn.Module, forward: Callable[..., Any], sites: Sequence[Site], arguments: Mapping[str, Any]
 ) -> tuple[int, dict[str, int]]:
     """Operations of one call, in all and inside each site (by path)."""
-    device = next(model.parameters()).device
     counter = FlopCounterMode(display=False)
     inside: dict[str, int] = {}
 
@@ -74,7 +73,7 @@ def _count(
         handles.append(site.module.register_forward_hook(lambda *_, path=site.path: leave(path)))
     try:
         # The math backend decomposes into matrix products, which are counted on every device.
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter, _AllTokensCount():
+        with on_shapes(model) as device, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter, _AllTokensCount():
             forward(**_like(arguments, device))
     finally:
         for handle in handles:

@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._prims_common import make_contiguous_strides_for
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from fastercache.errors import CompileError
+from fastercache.integrations import ModelState, changed, refuse_offloading_inside, state_of
 from fastercache.patching import ForwardPatch
 
 logger = logging.getLogger("fastercache")
@@ -87,13 +89,18 @@ class PhaseGraphs:
 
     def __init__(self, model: nn.Module, options: GraphOptions, blocks: Iterable[nn.Module]):
         self.model, self.options = model, options
-        self._graphs: OrderedDict[Hashable, dict[Hashable, Graphs]] = OrderedDict()
+        self._compiled = list(blocks) if options.regional else [model]
+        refuse_offloading_inside(model, self._compiled, options.regional)
+        self._state: ModelState | None = None
+        self._weights: Hashable = None
+        self._recompiled = 0
+        self._graphs: OrderedDict[tuple[Hashable, ...], dict[Hashable, Graphs]] = OrderedDict()
         self._current: Graphs | None = None
-        self._blocks = [_BlockGraph(self, block) for block in blocks] if options.regional else []
+        self._blocks = [_BlockGraph(self, block) for block in self._compiled] if options.regional else []
 
     def __len__(self) -> int:
         """Graphs compiled and kept."""
-        return sum(len(graphs) for phases in self._graphs.values() for graphs in phases.values())
+        return len(self._all())
 
     def describe(self) -> str:
         """For people."""
@@ -106,13 +113,43 @@ class PhaseGraphs:
         for block, kind in zip(self._blocks, kinds, strict=False):
             block.kind = type(block.block), kind
 
-    def of(self, inputs: Hashable, phase: Hashable) -> Graphs:
+    def begin_run(self) -> str | None:
+        """Look at the model again: graphs belong to the kinds of weights and the adapters it had. A note if it has changed.
+
+        Raises:
+            CompileError: weights are offloaded inside what is compiled, since it was.
+        """
+        refuse_offloading_inside(self.model, self._compiled, self.options.regional)
+        before, self._state = self._state, state_of(self.model)
+        self._weights, self._recompiled = hash(tuple(self._state.items())), self._recompilations()
+        if before in (None, self._state) or any(inputs[0] == self._weights for inputs in self._graphs):
+            return None
+        note = f"the model has changed since its graphs were compiled ({changed(before, self._state)}): it gets graphs of its own"
+        logger.warning(note)
+        return note
+
+    def end_run(self) -> str | None:
+        """A note if Dynamo compiled graphs again since the run began, for something that no key of theirs tells."""
+        count = self._recompilations() - self._recompiled
+        if count <= 0:
+            return None
+        return f"{count} graphs were compiled again during the run: something in the model changed (TORCH_LOGS=recompiles says what)"
+
+    def _recompilations(self) -> int:
+        codes = [graph._torchdynamo_orig_callable.__code__ for graph in self._all()]
+        return sum(max(len(_debug_get_cache_entry_list(code)) - 1, 0) for code in codes)
+
+    def _all(self) -> list[Any]:
+        return [graph for phases in self._graphs.values() for graphs in phases.values() for graph in graphs.values()]
+
+    def of(self, inputs: tuple[Hashable, ...], phase: Hashable) -> Graphs:
         """The graphs of a phase, for inputs of a kind: asked for once a run, as looking them up takes longer than a step's own work."""
+        inputs = (self._weights, *inputs)
         if inputs not in self._graphs:
             while len(self._graphs) >= MOST_INPUTS:
                 dropped, phases = self._graphs.popitem(last=False)
                 count = sum(map(len, phases.values()))
-                logger.warning("dropped %d graphs, compiled for inputs %s: %d other kinds are in use", count, dropped, MOST_INPUTS)
+                logger.warning("dropped %d graphs, compiled for inputs %s: %d other kinds are in use", count, dropped[1:], MOST_INPUTS)
             self._graphs[inputs] = {}
         return self._graphs[inputs].setdefault(phase, {})
 
@@ -131,6 +168,11 @@ class PhaseGraphs:
             # The next replay overwrites this one's outputs, which a sampler may keep for its next step.
             torch.compiler.cudagraph_mark_step_begin()
             return tree_map_only(torch.Tensor, torch.Tensor.clone, self.graph(None)(forward, (), arguments))
+        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+            raise CompileError(
+                f"a graph of {type(self.model).__name__} was compiled {torch._dynamo.config.recompile_limit} times, as often as torch "
+                f"allows: something in the model changes from step to step; backend=None runs it without graphs. What torch says:\n{error}"
+            ) from error
         except torch._dynamo.exc.Unsupported as error:
             reason = str(error).strip().splitlines()
             raise CompileError(

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from fastercache.errors import CompileError
+from fastercache.integrations import forward_slot
 
 Around = Callable[[Callable[..., Any], tuple, dict[str, Any]], Any]
 """`around(original, args, kwargs)` stands in for `original(*args, **kwargs)`."""
@@ -21,19 +22,19 @@ class ForwardPatch:
     layers could share a graph, but looks into the object that a bound method belongs to. A bound method, though, hides the original's
     signature, which diffusers asks whole models for.
 
-    accelerate keeps the forward it wraps as `module._old_forward` and puts that back whenever its hooks are renewed, which diffusers'
-    model offloading does after every call of the pipeline: a patch on top would be lost there, so it goes underneath.
+    accelerate and diffusers keep the forward they wrap and put that back whenever hooks are renewed, which model offloading does after
+    every call of the pipeline and group offloading with every LoRA: a patch on top would be lost there, so it goes underneath.
     """
 
     def __init__(self, module: nn.Module, around: Around, *, traced: bool = False):
         self._module = module
         self._around: Around | None = around
-        self._slot = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
-        self._was_instance_attribute = self._slot in module.__dict__
-        self._original = getattr(module, self._slot)
-        functools.update_wrapper(self, self._original)
+        place, key = forward_slot(module)
+        self._original = place.get(key, module.forward)
+        # Not the original's attributes: they may be those of a removed patch, which a hook has copied.
+        functools.update_wrapper(self, self._original, updated=())
         self._installed = self.__call__ if traced else self
-        module.__dict__[self._slot] = self._installed
+        place[key] = self._installed
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._around is None:
@@ -43,14 +44,14 @@ class ForwardPatch:
     def remove(self) -> None:
         """Put the original back. Where a later hook holds the patch, it stays as a plain call of the original."""
         self._around = None
-        attributes = self._module.__dict__
-        if attributes.get("_old_forward") is self._installed:
-            attributes["_old_forward"] = self._original
-        elif attributes.get("forward") is self._installed:
-            if self._was_instance_attribute and self._slot == "forward":
-                attributes["forward"] = self._original
+        own = self._module.__dict__
+        for place, key in (forward_slot(self._module), (own, "forward")):
+            if place.get(key) is not self._installed:
+                continue
+            if place is own and key == "forward" and getattr(self._original, "__func__", None) is type(self._module).forward:
+                del place[key]
             else:
-                del attributes["forward"]
+                place[key] = self._original
 
     def __deepcopy__(self, memo: dict) -> Any:
         raise CompileError("a compiled model cannot be copied: the copy would share its caches; call fastercache.restore first")

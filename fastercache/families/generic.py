@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
 from fastercache.errors import UnsupportedModelError
 from fastercache.families.base import BranchOrder, Family, Site
+from fastercache.integrations import on_shapes
 
 CROSS_ATTENTION = ("attn2", "cross_attn", "cross_attention")
 """Names under which diffusers' blocks keep the attention to the text, where its class does not tell."""
@@ -99,19 +100,16 @@ class Generic(Family):
         return known[signature]
 
     def _observe(self, model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, list[tuple[torch.Size, ...]]]:
-        device = next(model.parameters()).device
         shapes: dict[str, list[tuple[torch.Size, ...]]] = {}
 
         def keep(path: str, output: Any) -> None:
             shapes.setdefault(path, []).append(tuple(tensor.shape for tensor in (output if isinstance(output, tuple) else (output,))))
 
-        def empty(value: Any) -> Any:
-            return torch.empty(value.shape, dtype=value.dtype, device=device) if isinstance(value, torch.Tensor) else value
-
         sites = self.sites(model)
         handles = [site.module.register_forward_hook(lambda _, __, output, path=site.path: keep(path, output)) for site in sites]
         try:
-            with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            with on_shapes(model) as device, torch.no_grad():
+                empty = partial(_empty, device)
                 keep("", self.prediction(type(model).forward(model, **tree_map(empty, dict(arguments)))))
         except Exception as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -125,6 +123,10 @@ class Generic(Family):
         if idle:
             raise UnsupportedModelError(f"{type(model).__name__} did not run {idle[0]} in this call; a site must run in every one")
         return shapes
+
+
+def _empty(device: torch.device, value: Any) -> Any:
+    return torch.empty(value.shape, dtype=value.dtype, device=device) if isinstance(value, torch.Tensor) else value
 
 
 def _kind(name: str, module: nn.Module) -> str | None:

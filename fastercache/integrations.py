@@ -1,0 +1,122 @@
+"""What other libraries put on a model, known by what they leave on its modules: offloading hooks and adapters. None is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from fastercache.errors import CompileError
+
+ModelState = Mapping[str, tuple]
+"""What graphs depend on in a model itself, by path of the module."""
+
+
+def forward_slot(module: nn.Module) -> tuple[dict[str, Any], str]:
+    """Where a module's own forward is kept, underneath its hooks: a dictionary and a key, which it may lack for the class's forward.
+
+    accelerate has it as `module._old_forward`, diffusers in the first reference of its registry; both put that back when hooks are renewed.
+    """
+    if "_old_forward" in module.__dict__:
+        return module.__dict__, "_old_forward"
+    references = getattr(module.__dict__.get("_diffusers_hook"), "_fn_refs", None)
+    if references:
+        first = vars(references[0])
+        return first, "forward" if first["original_forward"] is None else "original_forward"
+    return module.__dict__, "forward"
+
+
+def offloading(module: nn.Module) -> str | None:
+    """What moves this module's weights to the device for each of its calls, if anything does."""
+    if getattr(module, "_hf_hook", None) is not None:
+        return f"accelerate's {type(module._hf_hook).__name__}"
+    return "diffusers' group offloading" if "group_offloading" in _diffusers_hooks(module) else None
+
+
+def _diffusers_hooks(module: nn.Module) -> Mapping[str, Any]:
+    return getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+
+
+def refuse_offloading_inside(model: nn.Module, compiled: Iterable[nn.Module], regional: bool) -> None:
+    """`CompileError` if weights are moved inside what is compiled; hooks on a compiled module itself run outside of its graph."""
+    for module in compiled:
+        for path, part in module.named_modules():
+            if part is not module and (what := offloading(part)) is not None:
+                block_level = "block-level group offloading" if regional else "block-level group offloading with regional=True"
+                raise CompileError(
+                    f"{type(model).__name__}: {what} moves the weights of {path!r} inside {type(module).__name__}, which is compiled as "
+                    f"one graph, and cannot be traced; offload in larger parts (enable_model_cpu_offload, {block_level}), or compile "
+                    "with backend=None"
+                )
+
+
+@contextmanager
+def on_shapes(model: nn.Module) -> Iterator[torch.device]:
+    """Calls inside run on shapes alone, with nothing computed; gives the device for their inputs.
+
+    Hooks are left out, as they would move fake weights into the real parameters. Weights that hooks bring here, from another device, from
+    the disk or from another dtype, have stand-ins, and so have quantized ones (torchao), whose products no counter knows.
+    """
+    device = torch.device(getattr(model, "device", None) or next(model.parameters()).device)
+    if device.type == "meta":  # a model without weights, or one whose weights are offloaded: then its buffers are where it runs
+        device = next((tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.device != device), device)
+    hooked, replaced = [], []
+    for module in model.modules():
+        place, key = forward_slot(module)
+        if place is not module.__dict__ or key != "forward":
+            hooked.append((module, module.__dict__["forward"]))
+            module.__dict__["forward"] = place[key]
+        casting = _diffusers_hooks(module).get("layerwise_casting")
+        for store in _stores(module):
+            for name, tensor in store.items():
+                if tensor is None:
+                    continue
+                dtype = casting.compute_dtype if casting is not None and tensor.is_floating_point() else tensor.dtype
+                if (tensor.device, tensor.dtype) != (device, dtype) or is_traceable_wrapper_subclass(tensor):
+                    replaced.append((store, name, tensor, dtype))
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            for store, name, tensor, dtype in replaced:
+                store[name] = torch.empty(tensor.shape, dtype=dtype, device=device)
+            yield device
+    finally:
+        for module, forward in hooked:
+            module.__dict__["forward"] = forward
+        for store, name, tensor, _ in replaced:
+            store[name] = tensor
+
+
+def state_of(model: nn.Module) -> ModelState:
+    """Kinds of modules and weights, and which adapters are at work: what Dynamo guards, so that a change means other graphs."""
+    return {path: (type(module), _adapters(module), *_kinds_of_weights(module)) for path, module in model.named_modules()}
+
+
+def _kinds_of_weights(module: nn.Module) -> Iterator[Hashable]:
+    for store in _stores(module):
+        for name, tensor in store.items():
+            if tensor is not None:
+                yield name, type(tensor), tensor.dtype, tensor.shape, tensor.requires_grad
+
+
+def _stores(module: nn.Module) -> Sequence[dict[str, Any]]:
+    """Where a module's own parameters and buffers are, by name."""
+    return module._parameters, module._buffers
+
+
+def _adapters(layer: Any) -> Hashable:
+    """Of a layer of peft: which are active, merged or switched off, and their scales (a tensor's value is no part of a graph)."""
+    if not hasattr(layer, "merged_adapters"):
+        return None
+    scales = {name: scale if isinstance(scale, (int, float)) else None for name, scale in getattr(layer, "scaling", {}).items()}
+    return tuple(layer.active_adapters), tuple(layer.merged_adapters), layer.disable_adapters, tuple(scales.items())
+
+
+def changed(before: ModelState, now: ModelState) -> str:
+    """For people: how many modules have changed, and one of them, other than the model itself."""
+    paths = [path for path in {**before, **now} if before.get(path) != now.get(path)]
+    return f"{len(paths)} modules, such as {next(filter(None, paths), '')!r}"
