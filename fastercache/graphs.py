@@ -21,7 +21,7 @@ from torch._prims_common import make_contiguous_strides_for
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from fastercache.errors import CompileError
-from fastercache.integrations import ModelState, changed, refuse_offloading_inside, state_of
+from fastercache.integrations import ModelState, first_change, refuse_offloading_inside, state_of
 from fastercache.patching import ForwardPatch
 
 logger = logging.getLogger("fastercache")
@@ -121,10 +121,11 @@ class PhaseGraphs:
         """
         refuse_offloading_inside(self.model, self._compiled, self.options.regional)
         before, self._state = self._state, state_of(self.model)
-        self._weights, self._recompiled = hash(tuple(self._state.items())), self._recompilations()
-        if before in (None, self._state) or any(inputs[0] == self._weights for inputs in self._graphs):
+        self._weights, self._recompiled = hash(self._state), self._recompilations()
+        if before is None or before == self._state or any(inputs[0] == self._weights for inputs in self._graphs):
             return None
-        note = f"the model has changed since its graphs were compiled ({changed(before, self._state)}): it gets graphs of its own"
+        where = first_change(before, self.model)
+        note = f"the model has changed since its graphs were compiled (first at {where!r}): it gets graphs of its own"
         logger.warning(note)
         return note
 
