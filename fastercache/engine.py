@@ -434,7 +434,8 @@ class Run:
             return original(**arguments)
         graphs = self._graphs.get((step.phase, branch))
         if graphs is None:
-            phase = (self.order, self.planned.format, self.plan.groups, step.phase, branch)
+            pushed = tuple(planned.push for planned in step.groups)  # of two runs, one may need what the other does not
+            phase = (self.order, self.planned.format, self.plan.groups, step.phase, pushed, branch)
             graphs = self._graphs[step.phase, branch] = compiled.of((self.attention, *input_signature(arguments)), phase)
         return compiled.call(original, graphs, arguments)
 

@@ -141,6 +141,25 @@ def test_another_step_count_reuses_the_graphs():
     assert counter.frame_count == 3
 
 
+def test_runs_that_store_at_other_steps_do_not_share_a_graph():
+    """The full step's output is read later in the second schedule only; its phase and its groups are those of the first."""
+    reuse = Step("cond", ("joint",), (1.0,))
+    schedules = {5: (Step(), Step("cond"), reuse, reuse, reuse), 6: (Step(), reuse, Step("cond"), reuse, reuse, reuse)}
+    counter = CompileCounter()
+
+    def policy(steps, guidance):
+        return Schedule(schedules.get(steps, (Step(),) * steps))
+
+    model, eager = fastercache.compile(cogvideox(), policy, backend=counter), fastercache.compile(cogvideox(), policy)
+    for steps in (5, 6, 5):
+        outputs = []
+        for one in (model, eager):
+            with fastercache.run(one, steps=steps, cfg="uncond-first"):
+                outputs.append(sample(one, steps))
+        torch.testing.assert_close(*outputs, rtol=1e-10, atol=1e-12)
+    assert counter.frame_count == 3 + 1
+
+
 def test_weights_of_another_dtype_get_graphs_of_their_own():
     counter = CompileCounter()
     model = cached(latte(torch.float32), backend=counter)
