@@ -108,14 +108,14 @@ class Engine:
         self._end("released before its last step")
         self._kept = None
 
-    def cache_for(self, planned: CachePlan, rows: int, device: torch.device) -> Cache:
+    def cache_for(self, planned: CachePlan, groups: int, device: torch.device) -> Cache:
         """The caches of a run. Those of a compiled model stay from run to run, at the addresses that CUDA graphs have recorded."""
-        if self._kept is not None and (self._kept.plan, len(self._kept.rows), self._kept.device) == (planned, rows, device):
+        if self._kept is not None and (self._kept.plan, len(self._kept.group_rows), self._kept.device) == (planned, groups, device):
             return self._kept
         self._kept = None  # before the next is allocated
-        cache = Cache(planned, rows, device)
+        cache = Cache(planned, groups, device)
         if self.graphs is not None:
-            self._kept = cache
+            self._kept = cache.at_fixed_addresses()
         return cache
 
     def check_model(self) -> str | None:
@@ -336,10 +336,12 @@ class Run:
         self._note(note)
         if note:
             logger.info(note)
-        self.cache: Cache | None = engine.cache_for(self.planned, len(plan.groups) + 1, device)
+        self.cache: Cache | None = engine.cache_for(self.planned, len(plan.groups), device)
         self.cache_bytes = self.cache.bytes
-        self.table = torch.tensor(plan.table(), dtype=torch.float32).to(device)
-        self.groups = [GroupState(row) for row in self.cache.rows[:-1]]
+        table = torch.tensor(plan.table(), dtype=torch.float32)
+        # From pinned memory, as the host would wait for any other copy.
+        self.table = table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
+        self.groups = [GroupState(row) for row in self.cache.group_rows]
         engine.open_gates(plan, self.cache, self.groups)
         self.attention = engine.attention.backends
         self.order, self.batch, self.guidance, self.plan = order, batch, spec.order, plan
@@ -456,7 +458,7 @@ class Run:
         """Both branches' predictions, in the order of the run, from the conditional one and the stored difference (Eq. 11)."""
         assert self.cache is not None
         both = torch.empty((2 * len(cond), *cond.shape[1:]), dtype=cond.dtype, device=cond.device)
-        ops.cfg_reconstruct(both, cond, self.cache.low, self.cache.high, self.cache.rows[-1], int(self.order == "uncond-first"))
+        ops.cfg_reconstruct(both, cond, self.cache.low, self.cache.high, self.cache.guidance_row, int(self.order == "uncond-first"))
         return both
 
     def _ops_run(self) -> set[str]:

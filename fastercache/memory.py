@@ -215,11 +215,13 @@ Ring = ModelRing | PackedRing
 
 
 class Cache:
-    """The tensors of a `CachePlan` on a device, and `rows` coefficient rows: what ops read and write while a run lasts, all static."""
+    """The tensors of a `CachePlan` on a device, and `rows` of coefficients, one for each of `groups` and a last one for guidance: what ops
+    read and write while a run lasts."""
 
-    def __init__(self, plan: CachePlan, rows: int, device: torch.device):
+    def __init__(self, plan: CachePlan, groups: int, device: torch.device):
         self.plan, self.device = plan, device
-        self.rows = torch.zeros((rows, ops.ROW_SIZE), device=device)
+        self.rows = torch.zeros((groups + 1, ops.ROW_SIZE), device=device)
+        *self.group_rows, self.guidance_row = self.rows
         kind = ModelRing if plan.format == "model" else PackedRing
         self._rings: dict[int, list[Ring]] = {}
         for ring in plan.rings:
@@ -230,6 +232,16 @@ class Cache:
     def rings(self, site: int) -> tuple[Ring, ...]:
         """The rings of a site, one for each tensor it gives; none where nothing of it is kept."""
         return tuple(self._rings.get(site, ()))
+
+    def at_fixed_addresses(self) -> Cache:
+        """Say to torch.compile that what graphs use of this will not move; gives itself.
+
+        A CUDA graph then uses the tensors in place, as it does registered buffers. Without a word, their bytes would be copied for every
+        replay, and Inductor would record no graph that writes to them.
+        """
+        for tensor in (*self.group_rows, *(ring.tensor for kept in self._rings.values() for ring in kept)):
+            torch._dynamo.mark_static_address(tensor, guard=False)  # caches that are allocated anew are recorded anew, not compiled
+        return self
 
     @property
     def bytes(self) -> int:

@@ -48,6 +48,7 @@ class TwoCalls:
         self._pending: tuple[dict[str, Any], Any] | None = None
         self._early: tuple[dict[str, Any], Any] | None = None
         self._text: dict[str, Any] = {}
+        self._last: dict[str, tuple[Any, int | None]] = {}
 
     @property
     def between(self) -> bool:
@@ -86,10 +87,9 @@ class TwoCalls:
             output = self._rebuilt(arguments, first) if step.rebuild else self.run.forward(original, arguments, step, "uncond")
             cond, uncond = first, output
         else:
-            shared = self.family.latents(arguments)
-            self._text = {
-                name: value for name, value in arguments.items() if value is not shared and not same(given.get(name), value)
-            }  # fmt: skip
+            if step.split or step.rebuild:  # the next step may have to make the conditional call ahead
+                self._text = self._text_of(arguments, given)
+            self._last = {name: (value, version(value)) for name, value in arguments.items()}
             if self._early is not None and same_call(self._early[0], arguments):
                 output = self._early[1]
             else:
@@ -99,6 +99,21 @@ class TwoCalls:
             planes = [self.family.planes(self.family.prediction(one), arguments) for one in (uncond, cond)]
             self.run.split(*planes)
         return output
+
+    def _text_of(self, arguments: Mapping[str, Any], unconditional: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments that are the conditional branch's own.
+
+        One that is the very tensor of the last step, unchanged, and not the unconditional call's is its own without a look at what it
+        holds, for which the host would wait.
+        """
+        latents, found = self.family.latents(arguments), {}
+        for name, value in arguments.items():
+            last, changes = self._last.get(name, (None, None))
+            other = unconditional.get(name)
+            kept = isinstance(value, torch.Tensor) and value is last and changes is not None and changes == version(value)
+            if value is not latents and not (in_place(other, value) if kept else same(other, value)):
+                found[name] = value
+        return found
 
     def _rebuilt(self, arguments: dict[str, Any], conditional: Any) -> Any:
         both = self.run.reconstruct(self.family.planes(self.family.prediction(conditional), arguments))
@@ -128,7 +143,19 @@ def _same_leaf(one: Any, other: Any) -> bool:
         return one is other or (type(one) is type(other) and one == other)
     if one.shape != other.shape or one.dtype != other.dtype or one.device != other.device:
         return False
-    return (one.data_ptr() == other.data_ptr() and one.stride() == other.stride()) or torch.equal(one, other)
+    return in_place(one, other) or torch.equal(one, other)
+
+
+def in_place(one: Any, other: Any) -> bool:
+    """Whether two tensors are the same memory, seen alike."""
+    if not isinstance(one, torch.Tensor) or one.shape != other.shape or one.dtype != other.dtype or one.device != other.device:
+        return False
+    return one.data_ptr() == other.data_ptr() and one.stride() == other.stride()
+
+
+def version(value: Any) -> int | None:
+    """How often a tensor was written to, where torch counts it."""
+    return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else None
 
 
 def same_call(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

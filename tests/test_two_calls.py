@@ -8,6 +8,7 @@ from models import TWO_CALLS, call
 from simulator import Simulator
 
 import fastercache
+from bench.graphs import DeviceReads
 from fastercache import RunError, policies
 from fastercache.two_calls import same
 
@@ -143,6 +144,41 @@ def test_a_text_that_changes_between_steps_is_computed_with():
     trajectory(pair, model, 1, texts=[torch.full((1, 5, 12), float(number)) for number in range(STEPS)])
     fastercache.restore(model)
     assert all(torch.equal(e_c, model(**cond)[0]) for cond, e_c in calls)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_pipeline_that_passes_the_same_tensors_is_never_waited_for(order):
+    """Texts made before the first step, latents and timestep shared by the two calls: as diffusers' pipelines have them."""
+    model = TWO_CALLS["wan"](torch.float32)
+    fastercache.compile(model, steps=STEPS, cfg=order)
+    uncond, cond = branches(model, 1)
+    pair, latents = sampler(model, order), cond["hidden_states"]
+    with DeviceReads() as mode:
+        for number in range(STEPS):
+            shared = {"hidden_states": latents, "timestep": torch.full((1,), 900.0 - number)}
+            e_u, e_c = pair(uncond | shared, cond | shared)
+            latents = latents - 0.1 * (e_u + 3.0 * (e_c - e_u))
+    assert mode.reads == 0 and fastercache.summary(model).skipped_anything
+
+
+def test_an_argument_that_is_rewritten_in_place_is_not_taken_for_text():
+    """The timesteps of the two calls lie in buffers of their own; at the unconditional call the conditional one's holds the last step's."""
+    model, order = TWO_CALLS["wan"](torch.float32), "uncond-then-cond"
+    runs = []
+    for buffers in (False, True):
+        fastercache.compile(model, steps=STEPS, cfg=order)
+        uncond, cond = branches(model, 1)
+        times, latents = [torch.zeros(1), torch.zeros(1)], cond["hidden_states"]
+        for number in range(STEPS):
+            predictions = []
+            for inputs, time in zip((uncond, cond), times, strict=True):
+                time.fill_(900.0 - 50 * number)
+                inputs = inputs | {"hidden_states": latents, "timestep": time if buffers else time.clone()}
+                predictions.append(model(**inputs)[0])
+            latents = latents - 0.1 * (predictions[0] + 3.0 * (predictions[1] - predictions[0]))
+        fastercache.restore(model)
+        runs.append(latents)
+    assert torch.equal(*runs)
 
 
 def test_arguments_are_compared_by_what_they_hold():
