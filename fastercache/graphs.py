@@ -174,11 +174,14 @@ class PhaseGraphs:
                 f"a graph of {type(self.model).__name__} was compiled {torch._dynamo.config.recompile_limit} times, as often as torch "
                 f"allows: something in the model changes from step to step; backend=None runs it without graphs. What torch says:\n{error}"
             ) from error
-        except torch._dynamo.exc.Unsupported as error:
+        except torch._dynamo.exc.RecompileError:  # of torch._dynamo.config.error_on_recompile
+            raise
+        except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(error).strip().splitlines()
+            smaller = "" if self.options.regional else "regional=True compiles its repeated blocks alone, and "
             raise CompileError(
-                f"{type(self.model).__name__} does not compile as one graph: {reason[0] if reason else error!r}; "
-                f"backend=None runs it without graphs. What torch says:\n{error}"
+                f"{type(self.model).__name__} does not compile as one graph: {reason[0] if reason else error!r}; {smaller}backend=None "
+                f"runs it without graphs. What torch says:\n{error}"
             ) from error
         finally:
             self._current = None

@@ -12,7 +12,7 @@ import weakref
 
 import pytest
 import torch
-from models import MODELS, arguments, cogvideox, latte
+from models import MODELS, arguments, call, cogvideox, latte, stdit3
 from torch._dynamo.testing import CompileCounter
 
 import fastercache
@@ -199,6 +199,22 @@ def test_a_model_that_does_not_compile_says_what_torch_stumbled_on():
         sample(model)
     fastercache.restore(model)
     sample(cached(model))
+
+
+def test_a_forward_that_reads_its_inputs_compiles_by_blocks():
+    """Open-Sora's counts each prompt's tokens on the host: no full graph of the whole."""
+    model = fastercache.compile(stdit3(torch.float32), steps=STEPS, cfg="uncond-first", backend="eager")
+    inputs = call(model, 2)
+    with pytest.raises(CompileError, match=r"STDiT3 does not compile as one graph.*regional=True compiles"):
+        model(**inputs)
+    fastercache.restore(model)
+    runs = []
+    for options in ({}, {"backend": "eager", "regional": True}):
+        fastercache.compile(model, steps=STEPS, cfg="uncond-first", **options)
+        runs.append([model(**inputs) for _ in range(STEPS)])
+        summary = fastercache.summary(model)
+        fastercache.restore(model)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True)) and "6 graphs" in summary.compiled
 
 
 @pytest.mark.parametrize(
