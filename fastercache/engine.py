@@ -26,6 +26,7 @@ from fastercache.errors import CompileError, FasterCacheWarning, RunError, Sched
 from fastercache.families import BranchOrder, Family, Site
 from fastercache.gates import Gate, GroupState
 from fastercache.graphs import GraphOptions, Graphs, PhaseGraphs, input_signature
+from fastercache.integrations import modules_of
 from fastercache.labels import CallLabels
 from fastercache.memory import Cache, CacheBudget, CachePlan, branch_rows, plan_cache
 from fastercache.patching import ForwardPatch
@@ -87,6 +88,7 @@ class Engine:
         longest = schedule if isinstance(schedule, Schedule) else schedule(120, True)
         self._meant_to_skip = not longest.skips_nothing
         self._plans: dict[RunSpec, Plan] = {}
+        self._tables: dict[tuple[int, torch.device], torch.Tensor] = {}
         self._kept: Cache | None = None
 
     def detach(self) -> None:
@@ -100,6 +102,7 @@ class Engine:
         if self.graphs is not None:
             self.graphs.detach()
         self._run = self._kept = None
+        self._tables.clear()
 
     def release(self) -> None:
         """Free the caches: of a run that was left before its last step, and those that graphs keep. Refused while a run is under way."""
@@ -120,17 +123,23 @@ class Engine:
 
     def check_model(self) -> str | None:
         """Before a run: `CompileError` if the model is not one that was compiled any more, a note if it is one that costs new graphs."""
+        modules = modules_of(self.model)
+        present = set(map(id, modules))
         for site in self.sites:
-            try:
-                unchanged = self.model.get_submodule(site.path) is site.module
-            except AttributeError:
-                unchanged = False
-            if not unchanged:
+            if id(site.module) not in present:
                 raise CompileError(
                     f"{site.path} of {type(self.model).__name__} was replaced after fastercache.compile, perhaps by an adapter around it, "
                     "and what is cached would miss that; call fastercache.restore and compile again"
                 )
-        return self.graphs.begin_run() if self.graphs is not None else None
+        return self.graphs.begin_run(modules) if self.graphs is not None else None
+
+    def table_for(self, plan: Plan, device: torch.device) -> torch.Tensor:
+        """The coefficients of every step on the device, `[steps, groups + 1, ROW_SIZE]`; uploaded once."""
+        if (id(plan), device) not in self._tables:  # the plan itself stays in `_plans`
+            table = torch.tensor(plan.table(), dtype=torch.float32)
+            # From pinned memory, as the host would wait for any other copy.
+            self._tables[id(plan), device] = table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
+        return self._tables[id(plan), device]
 
     def open_gates(self, plan: Plan, cache: Cache, states: Sequence[GroupState]) -> None:
         """Let the sites act by the states of their groups. `ScheduleError` if the schedule reuses what the model does not have."""
@@ -338,9 +347,7 @@ class Run:
             logger.info(note)
         self.cache: Cache | None = engine.cache_for(self.planned, len(plan.groups), device)
         self.cache_bytes = self.cache.bytes
-        table = torch.tensor(plan.table(), dtype=torch.float32)
-        # From pinned memory, as the host would wait for any other copy.
-        self.table = table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
+        self.table = engine.table_for(plan, device)
         self.groups = [GroupState(row) for row in self.cache.group_rows]
         engine.open_gates(plan, self.cache, self.groups)
         self.attention = engine.attention.backends

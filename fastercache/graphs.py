@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +90,7 @@ class PhaseGraphs:
     def __init__(self, model: nn.Module, options: GraphOptions, blocks: Iterable[nn.Module]):
         self.model, self.options = model, options
         self._compiled = list(blocks) if options.regional else [model]
-        refuse_offloading_inside(model, self._compiled, options.regional)
+        refuse_offloading_inside(model, model.modules(), self._compiled, options.regional)
         self._state: ModelState | None = None
         self._weights: Hashable = None
         self._recompiled = 0
@@ -113,14 +113,14 @@ class PhaseGraphs:
         for block, kind in zip(self._blocks, kinds, strict=False):
             block.kind = type(block.block), kind
 
-    def begin_run(self) -> str | None:
-        """Look at the model again: graphs belong to the kinds of weights and the adapters it had. A note if it has changed.
+    def begin_run(self, modules: Sequence[nn.Module]) -> str | None:
+        """Look at the model's modules again: graphs belong to the kinds of weights and the adapters it had. A note if it has changed.
 
         Raises:
             CompileError: weights are offloaded inside what is compiled, since it was.
         """
-        refuse_offloading_inside(self.model, self._compiled, self.options.regional)
-        before, self._state = self._state, state_of(self.model)
+        refuse_offloading_inside(self.model, modules, self._compiled, self.options.regional)
+        before, self._state = self._state, state_of(modules)
         self._weights, self._recompiled = hash(self._state), self._recompilations()
         if before is None or before == self._state or any(inputs[0] == self._weights for inputs in self._graphs):
             return None
