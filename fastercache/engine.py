@@ -118,7 +118,7 @@ class Engine:
         self._kept = None  # before the next is allocated
         cache = Cache(planned, groups, device)
         if self.graphs is not None:
-            self._kept = cache.at_fixed_addresses()
+            self._kept = cache
         return cache
 
     def check_model(self) -> str | None:

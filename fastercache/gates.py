@@ -1,7 +1,8 @@
 """What stands at a site: a gate, which lets the module compute and stores what it gives, or blends in its place.
 
 A gate reads its group's mode, its group's row of coefficients and its site's rings, and nothing else: so torch.compile can trace it, with
-the mode as a constant of the graph and the tensors as its inputs.
+the mode as a constant of the graph and the tensors as its inputs. They are reached from the patched module, and so Dynamo takes their
+addresses to be static, as a buffer's are: a CUDA graph reads and writes them in place (`tests/test_cuda_graphs.py`).
 """
 
 from __future__ import annotations

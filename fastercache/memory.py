@@ -233,16 +233,6 @@ class Cache:
         """The rings of a site, one for each tensor it gives; none where nothing of it is kept."""
         return tuple(self._rings.get(site, ()))
 
-    def at_fixed_addresses(self) -> Cache:
-        """Say to torch.compile that what graphs use of this will not move; gives itself.
-
-        A CUDA graph then uses the tensors in place, as it does registered buffers. Without a word, their bytes would be copied for every
-        replay, and Inductor would record no graph that writes to them.
-        """
-        for tensor in (*self.group_rows, *(ring.tensor for kept in self._rings.values() for ring in kept)):
-            torch._dynamo.mark_static_address(tensor, guard=False)  # caches that are allocated anew are recorded anew, not compiled
-        return self
-
     @property
     def bytes(self) -> int:
         """As allocated."""

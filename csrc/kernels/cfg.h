@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "dtypes.h"
-#include "stream.h"
 #include "tiles.h"
 
 namespace fastercache {
@@ -119,17 +118,7 @@ FASTERCACHE_CPU_CLONES void reconstruct_run(
     for (int64_t i = 0; i < size; ++i) store(to + i, load(c[i]) + w_low * low[at + i] + w_high * high[at + i]);
     rebuilt_tile.written(out, size);
   };
-  int64_t done = 0;
-  if (streaming) {
-    constexpr int64_t LINE = (std::is_same_v<T, float16> ? 512 : 256) / sizeof(T);
-    alignas(64) T line[LINE];
-    for (; done + LINE <= count; done += LINE) {
-      span(line, done, LINE);
-      stream(rebuilt + done, line, sizeof line);
-    }
-    stream_fence();
-  }
-  each_tile<T>(count - done, [&](int64_t at, int64_t size) FASTERCACHE_INLINE_LAMBDA { span(rebuilt + done + at, done + at, size); });
+  write_tiles(rebuilt, count, streaming, span);
 }
 
 }  // namespace fastercache
