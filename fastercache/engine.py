@@ -88,7 +88,7 @@ class Engine:
         longest = schedule if isinstance(schedule, Schedule) else schedule(120, True)
         self._meant_to_skip = not longest.skips_nothing
         self._plans: dict[RunSpec, Plan] = {}
-        self._tables: dict[tuple[int, torch.device], torch.Tensor] = {}
+        self._tables: dict[tuple[int, torch.device], tuple[torch.Tensor, ...]] = {}
         self._kept: Cache | None = None
 
     def detach(self) -> None:
@@ -133,12 +133,13 @@ class Engine:
                 )
         return self.graphs.begin_run(modules) if self.graphs is not None else None
 
-    def table_for(self, plan: Plan, device: torch.device) -> torch.Tensor:
-        """The coefficients of every step on the device, `[steps, groups + 1, ROW_SIZE]`; uploaded once."""
+    def table_for(self, plan: Plan, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """The coefficients of each step on the device, `[groups + 1, ROW_SIZE]`; uploaded once."""
         if (id(plan), device) not in self._tables:  # the plan itself stays in `_plans`
             table = torch.tensor(plan.table(), dtype=torch.float32)
             # From pinned memory, as the host would wait for any other copy.
-            self._tables[id(plan), device] = table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
+            uploaded = table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
+            self._tables[id(plan), device] = uploaded.unbind()
         return self._tables[id(plan), device]
 
     def open_gates(self, plan: Plan, cache: Cache, states: Sequence[GroupState]) -> None:
@@ -318,7 +319,7 @@ class Run:
 
     def _key(self, arguments: dict[str, Any]) -> tuple:
         latents = self.engine.family.latents(arguments)
-        return tuple(latents.shape), latents.dtype, latents.device
+        return latents.shape, latents.dtype, latents.device
 
     def _note(self, note: str | None) -> None:
         if note:

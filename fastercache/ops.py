@@ -463,7 +463,8 @@ def cfg_reconstruct(
     if not shape:
         raise ValueError("cond has no dimension, expected [n, ...]")
     _check_tensor("out", out, (2 * shape[0], *shape[1:]), cond.dtype, device)
-    _check_contiguous("out", out)
+    if not out.is_contiguous():
+        _check_contiguous("out", out)
     _check_maps(low, high, cond, shape)
     _check_row(row, device)
     if cond_half not in (0, 1):
@@ -555,10 +556,12 @@ def _check_maps(low: torch.Tensor, high: torch.Tensor, like: torch.Tensor, shape
     dtype, device = _MAP_DTYPES[like.dtype], like.device
     if low is high:
         raise ValueError("low and high are one tensor, expected two")
+    alike = low.shape == shape == high.shape and low.dtype is dtype is high.dtype and low.device == device == high.device
+    if alike and low.is_contiguous() and high.is_contiguous():
+        return
     for name, one in (("low", low), ("high", high)):
-        if one.shape != shape or one.dtype is not dtype or one.device != device or not one.is_contiguous():
-            _check_tensor(name, one, shape, dtype, device)
-            _check_contiguous(name, one)
+        _check_tensor(name, one, shape, dtype, device)
+        _check_contiguous(name, one)
 
 
 def _check_radius(radius: int, height: int, width: int) -> None:

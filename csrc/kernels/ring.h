@@ -42,6 +42,9 @@ FASTERCACHE_INLINE compute_t<T> blend_at(const Taps<T>& taps, int64_t i) {
   return sum;
 }
 
+// Blend-add goes line by line, each asked for before it is used: 3.2 ms instead of 3.6 (float32, 64 MB, Zen 4, two cores).
+constexpr int64_t LINE_BYTES = 64, FLOAT16_LINE = LINE_BYTES / sizeof(float16);
+
 #if defined(FASTERCACHE_F16C)
 // Blends of float16 as the loops below have them, of as many elements as fill whole vectors. In one pass: with tiles of floats in between they
 // take longer than memory does.
@@ -66,9 +69,13 @@ FASTERCACHE_F16C int64_t blend_add_f16c(
   const Taps<float16> taps = in;
   const __m256 one = _mm256_set1_ps(load(*gate));
   int64_t i = 0;
-  for (; i + 8 <= count; i += 8) {
-    const __m256 factor = gate_step ? load_eight(gate + i) : one;
-    store_eight(x + i, _mm256_add_ps(load_eight(x + i), _mm256_mul_ps(factor, blend_eight<K>(taps, begin + i))));
+  for (; i + FLOAT16_LINE <= count; i += FLOAT16_LINE) {
+    prefetch(x + i + FLOAT16_LINE);
+    for (int k = 0; k < K; ++k) prefetch(taps.slot[k] + begin + i + FLOAT16_LINE);
+    for (int64_t j = i; j < i + FLOAT16_LINE; j += 8) {
+      const __m256 factor = gate_step ? load_eight(gate + j) : one;
+      store_eight(x + j, _mm256_add_ps(load_eight(x + j), _mm256_mul_ps(factor, blend_eight<K>(taps, begin + j))));
+    }
   }
   return i;
 }
@@ -137,13 +144,12 @@ FASTERCACHE_INLINE void blend_add_taps(
       for (int64_t j = i; j < end; ++j) add_at<K>(x + j, gate, taps, begin + j);
     }
   };
-  // Line by line, each asked for before it is used: 3.2 ms instead of 3.6 (float32, 64 MB, Zen 4, two cores).
-  constexpr int64_t LINE = 64 / sizeof(T);
-  int64_t i = 0;
+  constexpr int64_t LINE = LINE_BYTES / sizeof(T);
+  int64_t i = blend_add_vectors<K>(x, gate, gate_step, taps, begin, count);
   for (; i + LINE <= count; i += LINE) {
     prefetch(x + i + LINE);
     for (int k = 0; k < K; ++k) prefetch(taps.slot[k] + begin + i + LINE);
-    if (blend_add_vectors<K>(x + i, gate + i * gate_step, gate_step, taps, begin + i, LINE) == 0) add(i, i + LINE);
+    add(i, i + LINE);
   }
   add(i, count);
 }
