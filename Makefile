@@ -5,6 +5,7 @@ TORCH ?= torch==2.13.0
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TEST_STAMP := $(VENV)/.installed-tests
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*)
 
 .PHONY: demo test lint bench sanitize clean
@@ -12,19 +13,19 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*)
 demo: $(STAMP)
 	$(BIN)/fastercache demo --out out/demo
 
-test: $(STAMP) lint
+test: $(TEST_STAMP) lint
 	$(BIN)/python -m pytest
 
-lint: $(STAMP)
+lint: $(TEST_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP)
+bench: $(TEST_STAMP)
 	$(BIN)/python -m pytest bench/test_ops.py --benchmark-only
 
 # Fuzzes the C++ code longer than the tests do, with another seed each time.
-sanitize: $(STAMP)
+sanitize: $(TEST_STAMP)
 	FASTERCACHE_FUZZ_SECONDS=60 FASTERCACHE_FUZZ_SEED=$$(date +%s) $(BIN)/python -m pytest tests/ops/test_sanitizers.py tests/ops/test_fuzz.py
 
 # The package is built against the torch that is there (--no-build-isolation), and the constraint keeps pip from replacing it.
@@ -33,7 +34,13 @@ $(STAMP): $(SOURCES)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet "$(TORCH)"
 	$(BIN)/pip install --quiet "setuptools>=77" "pybind11>=2.13" ninja
 	$(BIN)/python -c "import torch; print('torch==' + torch.__version__)" > $(VENV)/torch.txt
-	$(BIN)/pip install --quiet --no-build-isolation --constraint $(VENV)/torch.txt -e ".[demo,test,triton]"
+	$(BIN)/pip install --quiet --no-build-isolation --constraint $(VENV)/torch.txt -e ".[demo,triton]"
+	touch $@
+
+# What the tests need besides: not for the demo, as torchao has much to say whenever diffusers is imported.
+$(TEST_STAMP): $(STAMP)
+	$(BIN)/python -c "import importlib.metadata as m, re; print(*(r.split(';')[0] for r in m.requires('fastercache') if re.search('extra == .test.', r)), sep='\n')" > $(VENV)/test.txt
+	$(BIN)/pip install --quiet --constraint $(VENV)/torch.txt --requirement $(VENV)/test.txt
 	touch $@
 
 clean:
