@@ -10,11 +10,10 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastercache.families import BranchOrder, Family, Site
-from fastercache.integrations import on_shapes
+from fastercache.integrations import empty_like, on_shapes
 from fastercache.memory import branch_rows
 from fastercache.plan import Plan, group_of
 from fastercache.two_calls import BATCH_ORDER
@@ -35,14 +34,7 @@ class RunFlops:
 
 def shapes_only(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments with every tensor replaced by one on the meta device, so that a call can be counted after its tensors are gone."""
-    return _like(arguments, torch.device("meta"))
-
-
-def _like(arguments: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    def empty(value: Any) -> Any:
-        return torch.empty(value.shape, dtype=value.dtype, device=device) if isinstance(value, torch.Tensor) else value
-
-    return tree_map(empty, dict(arguments))
+    return empty_like(arguments, torch.device("meta"))
 
 
 class _AllTokensCount(TorchFunctionMode):
@@ -74,7 +66,7 @@ def _count(
     try:
         # The math backend decomposes into matrix products, which are counted on every device.
         with on_shapes(model) as device, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter, _AllTokensCount():
-            forward(**_like(arguments, device))
+            forward(**empty_like(arguments, device))
     finally:
         for handle in handles:
             handle.remove()

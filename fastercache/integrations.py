@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_map
 
 from fastercache.errors import CompileError
 
@@ -68,6 +69,15 @@ def refuse_offloading_inside(model: nn.Module, modules: Iterable[nn.Module], com
                     f"one graph, and cannot be traced; offload in larger parts (enable_model_cpu_offload, {block_level}), or compile "
                     "with backend=None"
                 )
+
+
+def empty_like(arguments: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The arguments of a call, with every tensor replaced by one of its shape and dtype on `device`."""
+
+    def empty(value: Any) -> Any:
+        return torch.empty(value.shape, dtype=value.dtype, device=device) if isinstance(value, torch.Tensor) else value
+
+    return tree_map(empty, dict(arguments))
 
 
 @contextmanager

@@ -463,8 +463,7 @@ def cfg_reconstruct(
     if not shape:
         raise ValueError("cond has no dimension, expected [n, ...]")
     _check_tensor("out", out, (2 * shape[0], *shape[1:]), cond.dtype, device)
-    if not out.is_contiguous():
-        _check_contiguous("out", out)
+    _check_contiguous("out", out)
     _check_maps(low, high, cond, shape)
     _check_row(row, device)
     if cond_half not in (0, 1):

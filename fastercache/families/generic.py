@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from fastercache.errors import UnsupportedModelError
 from fastercache.families.base import BranchOrder, Family, Site
-from fastercache.integrations import on_shapes
+from fastercache.integrations import empty_like, on_shapes
 
 CROSS_ATTENTION = ("attn2", "cross_attn", "cross_attention")
 """Names under which diffusers' blocks keep the attention to the text, where its class does not tell."""
@@ -109,8 +107,7 @@ class Generic(Family):
         handles = [site.module.register_forward_hook(lambda _, __, output, path=site.path: keep(path, output)) for site in sites]
         try:
             with on_shapes(model) as device, torch.no_grad():
-                empty = partial(_empty, device)
-                keep("", self.prediction(type(model).forward(model, **tree_map(empty, dict(arguments)))))
+                keep("", self.prediction(type(model).forward(model, **empty_like(arguments, device))))
         except Exception as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise UnsupportedModelError(
@@ -123,10 +120,6 @@ class Generic(Family):
         if idle:
             raise UnsupportedModelError(f"{type(model).__name__} did not run {idle[0]} in this call; a site must run in every one")
         return shapes
-
-
-def _empty(device: torch.device, value: Any) -> Any:
-    return torch.empty(value.shape, dtype=value.dtype, device=device) if isinstance(value, torch.Tensor) else value
 
 
 def _kind(name: str, module: nn.Module) -> str | None:
