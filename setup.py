@@ -131,8 +131,10 @@ def extensions() -> tuple[list[Extension], type[build_ext]]:
 
 ext_modules, command = extensions()
 setup(
-    packages=[*find_packages(include=["fastercache", "fastercache.*"]), "fastercache.triton_kernels"],
-    package_dir={"fastercache.triton_kernels": "triton_kernels"},
+    packages=find_packages(include=["fastercache", "fastercache.*"]),  # fastercache/triton_kernels is a link to the folder at the top
+    # Spelled out, so that an editable install is one path entry: with setuptools' finder, `import fastercache` from the folder above a
+    # clone finds the clone.
+    package_dir={"": "."},
     ext_modules=ext_modules,
     cmdclass={"build_ext": command},
 )
