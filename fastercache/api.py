@@ -43,8 +43,10 @@ def compile(
     target: a diffusers pipeline, whose calls then are runs, or a denoiser (`nn.Module` of a known family).
     schedule: a policy's name (default "paper", see `fastercache.policies`), a policy, a `Schedule`, or the path of its JSON file.
     steps, cfg: for a denoiser without a pipeline only: every `steps` steps are one run, with guidance as `cfg` says: the two halves of a
-        batch ("uncond-first", "cond-first"), two calls a step ("uncond-then-cond", "cond-then-uncond"), or "none". Without them the model
-        runs uncached, and says so, until `fastercache.run` tells.
+        batch ("uncond-first", "cond-first"), two calls a step ("uncond-then-cond", "cond-then-uncond"), or "none". A run that was left
+        before its last step is known by the next call's shape, or by its timestep, if that goes back (`fastercache.timesteps` says
+        when it cannot be known); `fastercache.run` tells for certain. Without steps and cfg the model runs uncached, and says so,
+        until `fastercache.run` tells.
     cache_format: how the cached outputs are stored: "model" (the model's dtype, lossless), "int8" (half of bfloat16's bytes) or "int8-int4"
         (0.4 of them). None takes the best that fits `max_cache_bytes`: "model" where there is no limit.
     max_cache_bytes: the most bytes the caches may take, on the denoiser's device. Known at a run's first step, when the shapes are; a run
@@ -67,15 +69,17 @@ def compile(
     if pipelines.is_pipeline(target):
         if steps is not None or cfg is not None:
             raise CompileError("a pipeline tells its own step count and guidance; leave out steps= and cfg=")
+        if pipelines.attached(target):
+            raise CompileError(f"this {type(target).__name__} is compiled by fastercache already; call fastercache.restore first")
         engines: dict[str, Engine] = {}
         try:
             for component, model in pipelines.denoisers_of(target).items():
                 engines[component] = _install(model, rule, None, budget, options, attention_backend)
-        except Exception:
+            pipelines.attach(target, engines)
+        except BaseException:
             for engine in engines.values():
                 _remove(engine)
             raise
-        pipelines.attach(target, engines)
         return target
     if not isinstance(target, nn.Module):
         raise UnsupportedModelError(f"cannot compile a {type(target).__name__}; pass a diffusers pipeline or a denoiser (nn.Module)")
@@ -115,7 +119,7 @@ def _install(
     if attention_backend is not None:
         try:
             engine.attention.use(attention_backend)
-        except Exception:
+        except BaseException:
             engine.detach()
             raise
     setattr(model, _ENGINE, engine)
@@ -124,23 +128,33 @@ def _install(
 
 def _remove(engine: Engine) -> None:
     engine.detach()
-    delattr(engine.model, _ENGINE)
+    if hasattr(engine.model, _ENGINE):
+        delattr(engine.model, _ENGINE)
+    pipelines.detach(engine)
 
 
 def _engines(target: Any, action: Callable[..., Any]) -> list[Engine]:
-    parts = target.components.values() if pipelines.is_pipeline(target) else [target]
-    found = [getattr(part, _ENGINE) for part in parts if hasattr(part, _ENGINE)]
+    found: list[Engine] = []
+    if pipelines.is_pipeline(target):
+        found += pipelines.attached(target).values()  # of parts, too, that the pipeline has no more
+    for part in target.components.values() if pipelines.is_pipeline(target) else [target]:
+        if hasattr(part, _ENGINE) and getattr(part, _ENGINE) not in found:
+            found.append(getattr(part, _ENGINE))
     if not found:
         raise CompileError(f"fastercache.{action.__name__}: this {type(target).__name__} is not compiled; call fastercache.compile first")
     return found
 
 
 def restore(target: T) -> T:
-    """Give back the original pipeline or denoiser, untouched, and free the caches; returns the same object."""
-    for engine in _engines(target, restore):
+    """Give back the original pipeline or denoiser, untouched, and free the caches; returns the same object.
+
+    target: the pipeline that was compiled, its denoiser, or another pipeline that shares it: each gives back all of them.
+    """
+    engines = _engines(target, restore)
+    for engine in engines:
+        engine.refuse_under_way("restore the model")
+    for engine in engines:
         _remove(engine)
-    if pipelines.is_pipeline(target):
-        pipelines.detach(target)
     return target
 
 
@@ -179,7 +193,7 @@ def release(target: T) -> T:
 
 @contextmanager
 def disabled(target: Any) -> Iterator[None]:
-    """Run uncached inside this block, for comparison."""
+    """Run uncached inside this block, for comparison. It is about this thread's calls (in asyncio, this task's); runs of others go on."""
     with ExitStack() as stack:
         for engine in _engines(target, disabled):
             stack.enter_context(engine.disabled())

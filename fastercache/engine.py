@@ -10,9 +10,12 @@ from __future__ import annotations
 import inspect
 import logging
 import threading
+import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NoReturn
@@ -34,9 +37,16 @@ from fastercache.plan import Branch, Phase, Plan, PlannedStep, group_of, make_pl
 from fastercache.policies import Policy
 from fastercache.report import Summary, count_sites
 from fastercache.schedule import Schedule
+from fastercache.timesteps import Habits, Reading, Timesteps, read
 from fastercache.two_calls import BATCH_ORDER, TwoCalls, joined
 
 logger = logging.getLogger("fastercache")
+
+LONG_PAUSE = 30.0
+"""Seconds between two calls of a run outside any scope after which it is said that the run goes on."""
+
+_DISABLED: ContextVar[frozenset[Engine]] = ContextVar("fastercache_disabled", default=frozenset())
+"""The engines that are switched off in this thread, or in this task of it."""
 
 
 class WarmedUp(Exception):
@@ -53,7 +63,11 @@ class RunSpec:
 
 
 class Engine:
-    """The accelerated state of one model. Made by `fastercache.compile`; `detach` leaves the model as it was."""
+    """The accelerated state of one model. Made by `fastercache.compile`; `detach` leaves the model as it was.
+
+    A run belongs to the thread that began it: calls of other threads are refused until it ends, and pass it by inside `disabled`.
+    pipelines: those whose calls are runs of this engine.
+    """
 
     def __init__(
         self,
@@ -65,49 +79,60 @@ class Engine:
         options: GraphOptions | None,
     ):
         self.model, self.family, self.schedule, self.default, self.budget = model, family, schedule, default, budget
-        self.enabled = True
+        # Whatever may refuse the model or the schedule comes first; patches are put in last.
+        # 120 steps are enough for any policy that skips at all to do so.
+        self._meant_to_skip = not build(schedule, 120, True).skips_nothing
         self.last: Summary | None = None
+        self.pipelines: list[weakref.ref[Any]] = []
         self._run: Run | None = None
-        self._owner: int | None = None
-        self._in_scope = False
+        self._scope: Run | None = None
+        self._lock = threading.Lock()
+        self._calling: threading.Thread | None = None
+        self._habits = Habits()
         self._said_uncached = False
         self.on_phase: Callable[[int, int], None] | None = None
         self.sites: list[Site] = family.sites(model)
         self._blocks: dict[str, list[int]] = {}
         for index, site in enumerate(self.sites):
             self._blocks.setdefault(family.block_of(site), []).append(index)
-        blocks = (model.get_submodule(path) for path in self._blocks)
-        self.graphs = PhaseGraphs(model, options, blocks) if options is not None else None
         self._parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self.gates = [Gate() for _ in self.sites]
-        self._site_patches = [ForwardPatch(site.module, gate, traced=True) for site, gate in zip(self.sites, self.gates, strict=True)]
-        self._model_patch = ForwardPatch(model, self._at_model)
-        self.labels = CallLabels(model)
         self.attention = Attention(model)
-        # 120 steps are enough for any policy that skips at all to do so.
-        longest = schedule if isinstance(schedule, Schedule) else schedule(120, True)
-        self._meant_to_skip = not longest.skips_nothing
         self._plans: dict[RunSpec, Plan] = {}
         self._tables: dict[tuple[int, torch.device], tuple[torch.Tensor, ...]] = {}
         self._kept: Cache | None = None
+        blocks = [model.get_submodule(path) for path in self._blocks]
+        self._patches: list[ForwardPatch] = []
+        self.graphs = PhaseGraphs(model, options, blocks) if options is not None else None
+        self.labels = CallLabels(model)
+        try:
+            for site, gate in zip(self.sites, self.gates, strict=True):
+                self._patches.append(ForwardPatch(site.module, gate, traced=True))
+            self._patches.append(ForwardPatch(model, self._at_model))
+        except BaseException:
+            self.detach()
+            raise
+
+    def refuse_under_way(self, what: str) -> None:
+        """`RunError` while a run is under way in a scope, or a call is being made, in any thread."""
+        if self._calling is not None or (self._scope is not None and self._scope.thread.is_alive()):
+            raise RunError(f"a run is under way; {what} after it has ended")
 
     def detach(self) -> None:
         """Take every patch out and free the caches. Refused while a run is under way in a scope."""
-        if self._in_scope:
-            raise RunError("a run is under way; restore the model after it has ended")
-        for patch in (self._model_patch, *self._site_patches):
+        self.refuse_under_way("restore the model")
+        for patch in reversed(self._patches):
             patch.remove()
         self.labels.detach()
         self.attention.restore()
         if self.graphs is not None:
             self.graphs.detach()
-        self._run = self._kept = None
+        self._run = self._scope = self._kept = None
         self._tables.clear()
 
     def release(self) -> None:
         """Free the caches: of a run that was left before its last step, and those that graphs keep. Refused while a run is under way."""
-        if self._in_scope:
-            raise RunError("a run is under way, and needs its caches; release them after it has ended")
+        self.refuse_under_way("release its caches, which it needs,")
         self._end("released before its last step")
         self._kept = None
 
@@ -116,7 +141,8 @@ class Engine:
         if self._kept is not None and (self._kept.plan, len(self._kept.group_rows), self._kept.device) == (planned, groups, device):
             return self._kept
         self._kept = None  # before the next is allocated
-        cache = Cache(planned, groups, device)
+        with ordinary_tensors():
+            cache = Cache(planned, groups, device)
         if self.graphs is not None:
             self._kept = cache
         return cache
@@ -137,9 +163,10 @@ class Engine:
         """The coefficients of each step on the device, `[groups + 1, ROW_SIZE]`; uploaded once."""
         if (id(plan), device) not in self._tables:  # the plan itself stays in `_plans`
             table = torch.tensor(plan.table(), dtype=torch.float32)
-            # From pinned memory, as the host would wait for any other copy.
-            uploaded = table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
-            self._tables[id(plan), device] = uploaded.unbind()
+            with ordinary_tensors():
+                # From pinned memory, as the host would wait for any other copy.
+                uploaded = table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
+                self._tables[id(plan), device] = uploaded.unbind()
         return self._tables[id(plan), device]
 
     def open_gates(self, plan: Plan, cache: Cache, states: Sequence[GroupState]) -> None:
@@ -166,37 +193,65 @@ class Engine:
     @contextmanager
     def scope(self, describe: Callable[[], RunSpec], may_be_idle: bool = False) -> Iterator[None]:
         """All calls of the model inside belong to one run, whose spec is asked for at the first of them. Without a call, it warns."""
-        if self._in_scope:
-            where = "this thread" if self._owner == threading.get_ident() else "another thread"
-            raise RunError(
-                f"a run of this {type(self.model).__name__} is already under way in {where}; let it end first, or compile a second "
-                "copy of the model for a second run at the same time"
-            )
-        if not self.enabled:
+        if self in _DISABLED.get():
             yield
             return
-        self._in_scope, self._owner = True, threading.get_ident()
-        self._run = Run(self, describe)
+        with self._lock:
+            self._leave_scope_of_dead_thread()
+            if self._scope is not None:
+                where = "this thread" if self._scope.thread is threading.current_thread() else "another thread"
+                raise RunError(
+                    f"a run of this {type(self.model).__name__} is already under way in {where}; let it end first, or compile a second "
+                    "copy of the model for a second run at the same time"
+                )
+            self._leave_unfinished("a run in a scope begins")
+            run = self._run = self._scope = Run(self, describe)
         try:
             yield
         except BaseException:
-            self._end(f"ended by an error after {self._run.position} steps")
+            self._end_scope(run, f"ended by an error after {run.position} steps")
             raise
         else:
-            self._end("idle" if may_be_idle and self._run.plan is None else None)
+            self._end_scope(run, "idle" if may_be_idle and run.plan is None else None)
+
+    def _end_scope(self, run: Run, note: str | None) -> None:
+        if self._scope is not run:  # that of a thread that had died inside it, found at last
+            return
+        try:
+            self._end(note)
         finally:
-            self._in_scope, self._owner = False, None
+            self._scope = None
+
+    def _leave_scope_of_dead_thread(self) -> None:
+        if self._scope is not None and not self._scope.thread.is_alive():
+            self._scope = None
+            self._leave_unfinished("its thread has ended")
+
+    def _leave_unfinished(self, why: str) -> None:
+        """End a run that was left before its last step, and say so. `RunError` if it may be still under way in another thread."""
+        run = self._run
+        if run is None:
+            return
+        if run.thread is not threading.current_thread() and run.thread.is_alive():
+            raise RunError(
+                f"this {type(self.model).__name__} is in a run of another thread, which has made {run.position} of {len(run)} steps; a run "
+                "owns its model until it ends: let it end, give it up by fastercache.release, or compile a second copy of the model"
+            )
+        self._end(f"left after {run.position} steps")
+        self._warn(f"a run of {type(self.model).__name__} was left after {run.position} of {len(run)} steps: {why}")
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Calls inside go straight to the model. Refused inside a run, whose steps would no longer add up."""
-        if self._in_scope:
+        """Calls of this thread inside go straight to the model. Refused inside a run of its own, whose steps would no longer add up."""
+        if self._scope is not None and self._scope.thread is threading.current_thread():
             raise RunError("a run is under way; disable caching before it begins or after it has ended")
-        self.enabled, before = False, self.enabled
+        before = _DISABLED.get()
+        _DISABLED.set(before | {self})
         try:
             yield
         finally:
-            self.enabled = before
+            if self not in before:
+                _DISABLED.set(_DISABLED.get() - {self})
 
     @contextmanager
     def warming_up(self, on_phase: Callable[[int, int], None]) -> Iterator[None]:
@@ -235,45 +290,51 @@ class Engine:
     # ---- patched calls ----------------------------------------------------------------------------------------------------------------
 
     def _at_model(self, original: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        if not self.enabled:
+        if self in _DISABLED.get():
             return original(*args, **kwargs)
-        if self._in_scope and self._owner != threading.get_ident():
-            raise RunError(f"this {type(self.model).__name__} is in a run of another thread; a run owns its model until it ends")
-        run = self._run
         arguments = dict(zip(self._parameters, args, strict=False)) | kwargs
         if len(arguments) != len(args) + len(kwargs):
             inspect.signature(original).bind(*args, **kwargs)  # says what is given twice, or is one too many
-        if not self._in_scope:
-            run = self._implicit_run(run, arguments)
-            if run is None:
-                return original(*args, **kwargs)
-        assert run is not None
+        with self._lock:
+            self._leave_scope_of_dead_thread()
+            implicit = self._scope is None
+            run = self._implicit_run(arguments) if implicit else self._scope
+            if run is not None:
+                if run.thread is not threading.current_thread():
+                    raise RunError(f"this {type(self.model).__name__} is in a run of another thread; a run owns its model until it ends")
+                self._calling = run.thread
+        if run is None:
+            return original(*args, **kwargs)
         try:
             output = run.call(original, arguments)
         except BaseException:
-            if not self._in_scope:
+            if implicit:
                 self._end(f"ended by an error after {run.position} steps")
             raise
-        if not self._in_scope and run.position == len(run):
+        finally:
+            self._calling = None
+        run.last_call = time.monotonic()
+        if implicit and run.position == len(run):
+            run.timesteps.finish(len(run))
             self._end(None)
         return output
 
-    def _implicit_run(self, run: Run | None, arguments: dict[str, Any]) -> Run | None:
-        """The run a call outside any scope belongs to: every `steps` calls are one, and a changed shape begins a new one."""
+    def _implicit_run(self, arguments: dict[str, Any]) -> Run | None:
+        """The run a call outside any scope belongs to: every `steps` calls are one, unless a call shows that the run before was left."""
         if self.default is None:
             if not self._said_uncached:
                 self._said_uncached = True
                 self._warn(f"{type(self.model).__name__} was called outside a run, so it ran uncached: call its pipeline, enter "
                            "fastercache.run(model, steps=..., cfg=...), or compile with steps= and cfg=")  # fmt: skip
             return None
-        if run is not None and not run.fits(arguments):
-            logger.warning("inputs changed after %d of %d steps; a new run begins", run.position, len(run))
-            self._end(f"replaced by a run of other shapes after {run.position} steps")
-            run = None
-        if run is None:
+        timestep = read(arguments.get(self.family.time))
+        if (run := self._run) is not None and (why := run.left(arguments, timestep)) is not None:
+            self._leave_unfinished(f"{why}, so a new run begins")
+        if self._run is None:
             default = self.default
-            run = self._run = Run(self, lambda: default)
-        return run
+            self._run = Run(self, lambda: default)
+        self._run.timesteps.follow(timestep, self._run.position)
+        return self._run
 
     def plan_for(self, spec: RunSpec) -> Plan:
         """The plan of a run; `ScheduleError` if a fixed schedule has another length."""
@@ -288,7 +349,7 @@ class Engine:
 
     def _make_plan(self, spec: RunSpec) -> Plan:
         guidance = spec.order != "none"
-        schedule = self.schedule if isinstance(self.schedule, Schedule) else self.schedule(spec.steps, guidance)
+        schedule = build(self.schedule, spec.steps, guidance)
         if len(schedule) != spec.steps:
             raise ScheduleError(
                 f"schedule {schedule.name!r} has {len(schedule)} steps, but this run has {spec.steps}; set the run's step count to "
@@ -297,11 +358,38 @@ class Engine:
         return make_plan(schedule if spec.part is None else schedule.part(*spec.part), guidance)
 
 
+def build(schedule: Schedule | Policy, steps: int, guidance: bool) -> Schedule:
+    """The schedule of a run; `ScheduleError` if a policy gives something else."""
+    if isinstance(schedule, Schedule):
+        return schedule
+    built = schedule(steps, guidance)
+    if not isinstance(built, Schedule):
+        raise ScheduleError(
+            f"the policy {getattr(schedule, '__name__', schedule)!r} gives a {type(built).__name__} for {steps} steps; it must return a "
+            "fastercache.Schedule"
+        )
+    return built
+
+
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Tensors made inside may be written to in any mode: those made under `torch.inference_mode` could not be outside of it."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 class Run:
-    """The state of one run: plan, caches, position. Dropped whole when the run ends."""
+    """The state of one run: plan, caches, position. Dropped whole when the run ends.
+
+    thread: the one that began it. timesteps, last_call: of a run outside any scope, what its calls have shown and when the last ended.
+    """
 
     def __init__(self, engine: Engine, describe: Callable[[], RunSpec]):
         self.engine = engine
+        self.thread = threading.current_thread()
+        self.timesteps = Timesteps(engine._habits)
+        self.last_call: float | None = None
+        self._longest_pause = 0.0
         self.position = 0
         self.plan: Plan | None = None
         self.two_calls: TwoCalls | None = None
@@ -314,8 +402,28 @@ class Run:
     def __len__(self) -> int:
         return len(self.plan.steps) if self.plan is not None else 0
 
-    def fits(self, arguments: dict[str, Any]) -> bool:
-        return self.plan is None or self._key(arguments) == self._first_key
+    def left(self, arguments: dict[str, Any], timestep: Reading) -> str | None:
+        """Why a call outside any scope cannot be the next of this run, or `None`. After a long pause it warns that the run goes on."""
+        if self.thread is not threading.current_thread():
+            return "its thread has ended"
+        if self.plan is not None and self._key(arguments) != self._first_key:
+            return "the next call has inputs of another shape, dtype or device"
+        name = type(self.engine.model).__name__
+        between = self.two_calls is not None and self.two_calls.between
+        if self.timesteps.goes_back(timestep, self.position, between):
+            return (
+                f"the timestep went back or began again; compile {name} with the number of steps that its loops have, or enter "
+                "fastercache.run(model, steps=..., cfg=...) around each loop"
+            )
+        pause = 0.0 if self.last_call is None else time.monotonic() - self.last_call
+        if pause > max(LONG_PAUSE, 20 * self._longest_pause):
+            self.engine._warn(
+                f"a run of {name} goes on at step {self.position + 1} of {len(self)}, {pause:.0f} s after its last call: if this "
+                "is another video, call fastercache.release before it, or enter fastercache.run(model, steps=..., cfg=...) "
+                "around each loop"
+            )
+        self._longest_pause = max(self._longest_pause, pause)
+        return None
 
     def _key(self, arguments: dict[str, Any]) -> tuple:
         latents = self.engine.family.latents(arguments)

@@ -7,6 +7,7 @@ addresses to be static, as a buffer's are: a CUDA graph reads and writes them in
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,6 +25,7 @@ Mode = Literal["compute", "push", "blend"]
 class GroupState:
     """What the sites of one group do now. `row`: their coefficients, `[ROW_SIZE]` float32, rewritten in place before every step.
 
+    thread: the one whose call this is about; the sites compute for any other, which calls the model uncached. A graph is run by it alone.
     ring_half, output_half: the half of the rings' rows, and of the module's output's, that a push or a blend is about; `None` for all.
     """
 
@@ -31,9 +33,11 @@ class GroupState:
     mode: Mode = "compute"
     ring_half: int | None = None
     output_half: int | None = None
+    thread: int | None = None
 
     def set(self, group: Group, step: GroupStep, branches: tuple[Branch, ...], order: BranchOrder) -> None:
         """What the plan says of this group, on a step that runs `branches`."""
+        self.thread = threading.get_ident()
         self.mode = "blend" if step.blend else "push" if step.push else "compute"
         used = branches if step.blend else step.push or branches
         self.ring_half = branch_half(order, group.branches, used)
@@ -49,7 +53,7 @@ class Gate:
 
     def __call__(self, original: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         group = self.group
-        if group is None or group.mode == "compute":
+        if group is None or group.mode == "compute" or not (torch.compiler.is_dynamo_compiling() or group.thread == threading.get_ident()):
             return original(*args, **kwargs)
         if group.mode == "blend":
             outputs = tuple(ring.blend(group.row, group.ring_half) for ring in self.rings)

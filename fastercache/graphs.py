@@ -8,6 +8,7 @@ read from tensors.
 from __future__ import annotations
 
 import logging
+import threading
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -96,6 +97,7 @@ class PhaseGraphs:
         self._recompiled = 0
         self._graphs: OrderedDict[tuple[Hashable, ...], dict[Hashable, Graphs]] = OrderedDict()
         self._current: Graphs | None = None
+        self._thread: int | None = None
         self._blocks = [_BlockGraph(self, block) for block in self._compiled] if options.regional else []
 
     def __len__(self) -> int:
@@ -160,7 +162,7 @@ class PhaseGraphs:
         Raises:
             CompileError: the model cannot be traced as one graph; names what torch stumbled on.
         """
-        self._current = graphs
+        self._current, self._thread = graphs, threading.get_ident()
         try:
             if self.options.regional:
                 return forward(**arguments)
@@ -205,7 +207,8 @@ class PhaseGraphs:
 
     @property
     def in_step(self) -> bool:
-        return self._current is not None
+        """Whether this thread is in a call of the model that runs by graphs."""
+        return self._current is not None and self._thread == threading.get_ident()
 
 
 class _BlockGraph:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
-from contextlib import ExitStack
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,8 @@ from fastercache.families import FAMILIES, class_names
 
 EXPERTS = ("transformer", "transformer_2")
 """The components of which the first runs the steps from `boundary_ratio` of the training timesteps up, the second those below."""
+
+_ENGINES = "_fastercache_engines"
 
 
 def is_pipeline(target: Any) -> bool:
@@ -42,13 +45,19 @@ def denoisers_of(pipeline: Any) -> dict[str, nn.Module]:
     return found
 
 
+def attached(pipeline: Any) -> dict[str, Engine]:
+    """The engines that calls of this pipeline are runs of, by the names of the components they were compiled for."""
+    return vars(type(pipeline)).get(_ENGINES, {})
+
+
 def attach(pipeline: Any, engines: Mapping[str, Engine]) -> None:
     """Make every call of the pipeline one run of its denoisers' engines, given by the names of their components.
 
     Python looks `__call__` up on the class, so the pipeline gets a class of its own with the same name. A run thus begins and ends with
     the call, whatever happens inside it: an exception or an interrupt leaves nothing behind.
     """
-    original = type(pipeline)
+    original, several = _own_class(pipeline), len(engines) > 1
+    engines = dict(engines)
     signature = inspect.signature(original.__call__)
 
     @functools.wraps(original.__call__)
@@ -57,21 +66,55 @@ def attach(pipeline: Any, engines: Mapping[str, Engine]) -> None:
         given.apply_defaults()
         with ExitStack() as scopes:
             for component, engine in engines.items():
-                if getattr(self, component) is not engine.model:
+                if getattr(self, component, None) is not engine.model:
                     name = f"{original.__name__}.{component}"
                     raise CompileError(f"{name} was replaced after fastercache.compile; call fastercache.restore and compile again")
-                describe = functools.partial(_spec_of, self, component, engine, given.arguments, len(engines) > 1)
-                scopes.enter_context(engine.scope(describe, may_be_idle=len(engines) > 1))
-            self._num_timesteps = None
+                describe = functools.partial(_spec_of, self, component, engine, given.arguments, several)
+                scopes.enter_context(engine.scope(describe, may_be_idle=several))
+            if engines:
+                scopes.enter_context(_timesteps_of_this_call(self))
             return original.__call__(self, *args, **kwargs)
 
-    namespace = {"__call__": call, "__module__": original.__module__, "__doc__": original.__doc__}
+    namespace = {"__call__": call, "__module__": original.__module__, "__doc__": original.__doc__, _ENGINES: engines}
     pipeline.__class__ = type(original.__name__, (original,), namespace)
+    for engine in engines.values():
+        engine.pipelines.append(weakref.ref(pipeline))
 
 
-def detach(pipeline: Any) -> None:
-    """Give the pipeline its own class back."""
-    pipeline.__class__ = type(pipeline).__mro__[1]
+def detach(engine: Engine) -> None:
+    """Calls of pipelines are no runs of this engine any more; those that have none left get their own class back.
+
+    A pipeline made of another by the class of that one (`type(pipe).from_pipe`) shares its engines; its calls become plain ones.
+    """
+    for pipeline in (reference() for reference in engine.pipelines):
+        if pipeline is None:
+            continue
+        engines = attached(pipeline)
+        for component in [name for name, one in engines.items() if one is engine]:
+            del engines[component]
+        if not engines:
+            pipeline.__class__ = _own_class(pipeline)
+    engine.pipelines.clear()
+
+
+def _own_class(pipeline: Any) -> type:
+    """The pipeline's class without what `attach` put there."""
+    cls = type(pipeline)
+    return cls.__mro__[1] if _ENGINES in vars(cls) else cls
+
+
+@contextmanager
+def _timesteps_of_this_call(pipeline: Any) -> Iterator[None]:
+    """Inside, the pipeline's number of timesteps is not that of the call before."""
+    before = dict(vars(pipeline))
+    pipeline._num_timesteps = None
+    try:
+        yield
+    finally:
+        if pipeline._num_timesteps is None:  # not set: this class of pipeline keeps none, or the call failed before
+            del pipeline._num_timesteps
+            if "_num_timesteps" in before:
+                pipeline._num_timesteps = before["_num_timesteps"]
 
 
 def _spec_of(pipeline: Any, component: str, engine: Engine, call: Mapping[str, Any], experts: bool) -> RunSpec:
