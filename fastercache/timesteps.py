@@ -92,11 +92,14 @@ class Timesteps:
             move = move_of(self._last, now, own)
             if move is None:
                 continue
+            # What another sampler does, too: then its next step shall not look so again.
             if move and not own and move == -self._habits.directions.get(way, 0):
-                del self._habits.directions[way]  # if it is the sampler that has turned, the next step shall not look so again
+                del self._habits.directions[way]
                 return True
-            stays = not move and steps_done == 1 and not between and way in self._habits.second_moves
-            return stays or bool(move and move == -own)
+            if not move and steps_done == 1 and not between and way in self._habits.second_moves:
+                self._habits.second_moves.remove(way)
+                return True
+            return bool(move and move == -own)
         return False
 
     def follow(self, now: Reading, steps_done: int) -> None:
