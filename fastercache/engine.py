@@ -162,8 +162,8 @@ class Engine:
     def table_for(self, plan: Plan, device: torch.device) -> tuple[torch.Tensor, ...]:
         """The coefficients of each step on the device, `[groups + 1, ROW_SIZE]`; uploaded once."""
         if (id(plan), device) not in self._tables:  # the plan itself stays in `_plans`
-            table = torch.tensor(plan.table(), dtype=torch.float32)
             with ordinary_tensors():
+                table = torch.tensor(plan.table(), dtype=torch.float32)
                 # From pinned memory, as the host would wait for any other copy.
                 uploaded = table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
                 self._tables[id(plan), device] = uploaded.unbind()
