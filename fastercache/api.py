@@ -46,9 +46,10 @@ def compile(
         batch ("uncond-first", "cond-first"), two calls a step ("uncond-then-cond", "cond-then-uncond"), or "none". Without them the model
         runs uncached, and says so, until `fastercache.run` tells.
     cache_format: how the cached outputs are stored: "model" (the model's dtype, lossless), "int8" (half of bfloat16's bytes) or "int8-int4"
-        (0.4 of them). None takes the best that fits `max_cache_bytes`: "model" where there is no limit.
-    max_cache_bytes: the most bytes the caches may take, on the denoiser's device. Known at a run's first step, when the shapes are; a run
-        whose caches would not fit raises `CacheError`, which says what would.
+        (0.4 of them). None takes the best that fits: "model" wherever it does.
+    max_cache_bytes: the most bytes the caches may take, on the denoiser's device. None: what is free there when a run begins, less what a
+        step takes, counted on its shapes, and a margin. A run whose caches would not fit raises `CacheError` before its first step, which
+        says what would.
     backend, mode: compile the model too, one full graph for each phase of the schedule; as torch.compile has them, such as
         backend="inductor", mode="reduce-overhead". The first run compiles, unless `fastercache.warmup` has.
     regional: compile the repeated block, once for all layers, instead of the whole model: much faster to compile.
@@ -170,8 +171,8 @@ def _show(bar: Progress, task: TaskID, done: int, phases: int) -> None:
 
 
 def release(target: T) -> T:
-    """Free the caches of a run that was left before its last step (a finished run has freed its own), and those that a compiled model
-    keeps at fixed addresses from run to run; returns the same object."""
+    """Free the caches of a run that was left before its last step (a finished run has freed its own), and those that CUDA graphs
+    keep at fixed addresses from run to run; returns the same object."""
     for engine in _engines(target, release):
         engine.release()
     return target

@@ -11,7 +11,7 @@ import inspect
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,13 +26,14 @@ from fastercache.errors import CompileError, FasterCacheWarning, RunError, Sched
 from fastercache.families import BranchOrder, Family, Site
 from fastercache.gates import Gate, GroupState
 from fastercache.graphs import GraphOptions, Graphs, PhaseGraphs, input_signature
-from fastercache.integrations import modules_of
+from fastercache.integrations import comes_and_goes, devices_of, modules_of
 from fastercache.labels import CallLabels
-from fastercache.memory import Cache, CacheBudget, CachePlan, branch_rows, plan_cache
+from fastercache.memory import Cache, CacheBudget, CacheFormat, CachePlan, Caches, Limit, branch_rows, plan_cache
 from fastercache.patching import ForwardPatch
 from fastercache.plan import Branch, Phase, Plan, PlannedStep, group_of, make_plan
 from fastercache.policies import Policy
 from fastercache.report import Summary, count_sites
+from fastercache.room import activation_bytes, memory_of, room
 from fastercache.schedule import Schedule
 from fastercache.two_calls import BATCH_ORDER, TwoCalls, joined
 
@@ -64,7 +65,7 @@ class Engine:
         budget: CacheBudget,
         options: GraphOptions | None,
     ):
-        self.model, self.family, self.schedule, self.default, self.budget = model, family, schedule, default, budget
+        self.model, self.family, self.schedule, self.default = model, family, schedule, default
         self.enabled = True
         self.last: Summary | None = None
         self._run: Run | None = None
@@ -89,7 +90,8 @@ class Engine:
         self._meant_to_skip = not longest.skips_nothing
         self._plans: dict[RunSpec, Plan] = {}
         self._tables: dict[tuple[int, torch.device], tuple[torch.Tensor, ...]] = {}
-        self._kept: Cache | None = None
+        self._caches = Caches(budget)
+        self._activations: dict[Hashable, tuple[int, str]] = {}
 
     def detach(self) -> None:
         """Take every patch out and free the caches. Refused while a run is under way in a scope."""
@@ -101,7 +103,8 @@ class Engine:
         self.attention.restore()
         if self.graphs is not None:
             self.graphs.detach()
-        self._run = self._kept = None
+        self._run = None
+        self._caches.free()
         self._tables.clear()
 
     def release(self) -> None:
@@ -109,21 +112,47 @@ class Engine:
         if self._in_scope:
             raise RunError("a run is under way, and needs its caches; release them after it has ended")
         self._end("released before its last step")
-        self._kept = None
+        self._caches.free()
 
-    def cache_for(self, planned: CachePlan, groups: int, device: torch.device) -> Cache:
-        """The caches of a run. Those of a compiled model stay from run to run, at the addresses that CUDA graphs have recorded."""
-        if self._kept is not None and (self._kept.plan, len(self._kept.group_rows), self._kept.device) == (planned, groups, device):
-            return self._kept
-        self._kept = None  # before the next is allocated
-        cache = Cache(planned, groups, device)
-        if self.graphs is not None:
-            self._kept = cache
-        return cache
+    def cache_for(
+        self, plan_in: Callable[[CacheFormat], CachePlan], groups: int, device: torch.device, arguments: dict[str, Any]
+    ) -> tuple[Cache, list[str]]:
+        """The caches of a run and notes on them: the run's own, but where CUDA graphs have recorded their addresses.
+
+        arguments: of the first call, from which what a step takes is counted where it matters.
+        """
+
+        def room_on_device(wanted: int, kept: int) -> Limit | None:
+            return room(device, wanted, kept, lambda: self._activations_of(arguments, device))
+
+        keep = self.graphs is not None and self.graphs.cuda_graphs and not comes_and_goes(self.model)
+        return self._caches.for_run(plan_in, groups, device, keep, room_on_device)
+
+    def _activations_of(self, arguments: dict[str, Any], device: torch.device) -> tuple[int, str]:
+        """Bytes that a step takes beside weights and caches, and how they were found."""
+        key = device, torch.is_autocast_enabled(device.type), input_signature(flops.shapes_only(arguments))
+        if key not in self._activations:
+            forward = type(self.model).forward.__get__(self.model)
+            try:
+                with self.attention.natively():  # no count knows what other kernels give
+                    counted = activation_bytes(self.model, forward, self.family.countable(arguments))
+                self._activations[key] = counted, "counted on its shapes"
+            except Exception as error:  # whatever a model raises that reads the values of its inputs
+                found = memory_of(device)
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                self._activations[key] = (found[1] // 4 if found else 0), f"a quarter of all, as it cannot be counted ({reason})"
+        return self._activations[key]
 
     def check_model(self) -> str | None:
-        """Before a run: `CompileError` if the model is not one that was compiled any more, a note if it is one that costs new graphs."""
+        """Before a run: `CompileError` if the model is not one that was compiled any more, `RunError` if it is on several devices; a note
+        if it is one that costs new graphs."""
         modules = modules_of(self.model)
+        devices = devices_of(self.model, modules)
+        if len(devices) > 1:
+            raise RunError(
+                f"this {type(self.model).__name__} is spread over {len(devices)} devices ({', '.join(devices)}), and the caches of a run "
+                "lie on one; load it without a device_map, on one device, or offload what does not fit (enable_model_cpu_offload)"
+            )
         present = set(map(id, modules))
         for site in self.sites:
             if id(site.module) not in present:
@@ -212,7 +241,7 @@ class Engine:
     @property
     def calls_to_warm_up(self) -> int:
         """Calls until a phase has nothing left to prepare: CUDA graphs run once as they are, are recorded, and then replayed."""
-        return 3 if self.graphs is not None and self.graphs.options.cuda_graphs else 1
+        return 3 if self.graphs is not None and self.graphs.cuda_graphs else 1
 
     def _end(self, note: str | None) -> None:
         run, self._run = self._run, None
@@ -330,6 +359,7 @@ class Run:
         self._note(engine.check_model())
         spec = self._describe()
         self._first_key, self.shapes = self._key(arguments), flops.shapes_only(arguments)
+        call = arguments
         if spec.order in BATCH_ORDER:
             self.two_calls = TwoCalls(self, spec.order)
             arguments = joined(family, arguments)
@@ -342,12 +372,13 @@ class Run:
             )
         plan = engine.plan_for(spec)
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else family.dtype(engine.model, arguments)
-        self.planned, note = engine.budget.choose(partial(plan_cache, family, engine.model, engine.sites, plan, arguments, dtype), device)
-        self._note(note)
-        if note:
+        plan_in = partial(plan_cache, family, engine.model, engine.sites, plan, arguments, dtype)
+        self.cache: Cache | None
+        self.cache, notes = engine.cache_for(plan_in, len(plan.groups), device, call)
+        for note in notes:
+            self._note(note)
             logger.info(note)
-        self.cache: Cache | None = engine.cache_for(self.planned, len(plan.groups), device)
-        self.cache_bytes = self.cache.bytes
+        self.planned, self.cache_bytes = self.cache.plan, self.cache.bytes
         self.table = engine.table_for(plan, device)
         self.groups = [GroupState(row) for row in self.cache.group_rows]
         engine.open_gates(plan, self.cache, self.groups)

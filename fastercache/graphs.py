@@ -47,14 +47,34 @@ class GraphOptions:
         if self.mode is not None and self.mode not in torch._inductor.list_mode_options():
             raise CompileError(f"mode is {self.mode!r}; torch.compile has {', '.join(torch._inductor.list_mode_options())}")
         if self.regional and self.cuda_graphs:
-            raise CompileError(
-                f"regional=True with mode={self.mode!r}: a CUDA graph replays fixed addresses, and every layer has weights of its own; "
-                "pass regional=False, or a mode without CUDA graphs ('default', 'max-autotune-no-cudagraphs')"
-            )
+            raise CompileError(self.no_regions())
+
+    def no_regions(self) -> str:
+        """Why `regional` does not go with CUDA graphs."""
+        chosen = f"mode={self.mode!r}" if self.mode is not None else f"backend={self.backend!r}"
+        return (
+            f"regional=True with {chosen}, which uses CUDA graphs here: a CUDA graph replays fixed addresses, and every layer has "
+            "weights of its own; pass regional=False, or a mode without CUDA graphs ('default', 'max-autotune-no-cudagraphs'), and leave "
+            "torch._inductor.config.triton.cudagraphs off"
+        )
 
     @property
     def cuda_graphs(self) -> bool:
-        return self.mode in ("reduce-overhead", "max-autotune")
+        """Whether graphs compiled now would be CUDA graphs on a GPU: by the mode, the backend, or Inductor's own configuration."""
+        if self.backend == "cudagraphs":
+            return True
+        own = torch._inductor.list_mode_options(self.mode) if self.mode is not None else {}
+        if not isinstance(self.backend, str):
+            # One made from Inductor's: torch's own wrapper with `mode` or `options`, or a partial of `compile_fx`.
+            for options in (getattr(self.backend, "config", None), getattr(self.backend, "keywords", {}).get("config_patches")):
+                own = own | (options if isinstance(options, Mapping) else {})
+        elif self.backend != "inductor":
+            return bool(own.get(_CUDA_GRAPHS, False))
+        return bool(own.get(_CUDA_GRAPHS, torch._inductor.config.triton.cudagraphs))
+
+
+_CUDA_GRAPHS = "triton.cudagraphs"
+"""Inductor's setting."""
 
 
 def input_signature(arguments: Mapping[str, Any]) -> tuple[Hashable, ...]:
@@ -89,6 +109,8 @@ class PhaseGraphs:
 
     def __init__(self, model: nn.Module, options: GraphOptions, blocks: Iterable[nn.Module]):
         self.model, self.options = model, options
+        self.cuda_graphs = options.cuda_graphs
+        """Whether any graph kept may be a CUDA graph: Inductor's configuration counts as it is when a run begins."""
         self._compiled = list(blocks) if options.regional else [model]
         refuse_offloading_inside(model, model.modules(), self._compiled, options.regional)
         self._state: ModelState | None = None
@@ -117,9 +139,13 @@ class PhaseGraphs:
         """Look at the model's modules again: graphs belong to the kinds of weights and the adapters it had. A note if it has changed.
 
         Raises:
-            CompileError: weights are offloaded inside what is compiled, since it was.
+            CompileError: weights are offloaded inside what is compiled, since it was; or Inductor has been set to use CUDA graphs, which
+                regional graphs cannot be.
         """
         refuse_offloading_inside(self.model, modules, self._compiled, self.options.regional)
+        self.cuda_graphs = self.cuda_graphs or self.options.cuda_graphs
+        if self.cuda_graphs and self.options.regional:
+            raise CompileError(self.options.no_regions())
         before, self._state = self._state, state_of(modules)
         self._weights, self._recompiled = hash(self._state), self._recompilations()
         if before is None or before == self._state or any(inputs[0] == self._weights for inputs in self._graphs):
@@ -164,7 +190,7 @@ class PhaseGraphs:
         try:
             if self.options.regional:
                 return forward(**arguments)
-            if not self.options.cuda_graphs:
+            if not self.cuda_graphs:
                 return self.graph(None)(forward, (), arguments)
             # The next replay overwrites this one's outputs, which a sampler may keep for its next step.
             torch.compiler.cudagraph_mark_step_begin()

@@ -50,6 +50,26 @@ def offloading(module: nn.Module) -> str | None:
     return "diffusers' group offloading" if "group_offloading" in _diffusers_hooks(module) else None
 
 
+def comes_and_goes(module: nn.Module) -> bool:
+    """Whether a module's weights leave the device after its calls, or after those of the pipeline: then no address of theirs stays."""
+    hook = module.__dict__.get("_hf_hook")
+    hooks = getattr(hook, "hooks", (hook,))  # accelerate's hooks in a row, or one
+    # An AlignDevicesHook may only move inputs to where the weights are; others that have no such word move the weights.
+    return any(one is not None and getattr(one, "offload", True) for one in hooks) or "group_offloading" in _diffusers_hooks(module)
+
+
+def devices_of(model: nn.Module, modules: Iterable[nn.Module]) -> list[str]:
+    """The devices, other than the CPU, that a model's weights are spread over. Those that offloading keeps elsewhere are not counted."""
+    placed = getattr(model, "hf_device_map", None) or {}
+    # accelerate's maps have the bare index of the current kind of accelerator, whatever that is.
+    found = {f"device {place}" if isinstance(place, int) else str(place) for place in placed.values()}
+    found -= {"cpu", "disk", "meta"}
+    if len(found) > 1:
+        return sorted(found)
+    devices = {tensor.device for module in modules for tensor in module._parameters.values() if tensor is not None}
+    return sorted(str(device) for device in devices if device.type not in ("cpu", "meta"))
+
+
 def _diffusers_hooks(module: nn.Module) -> Mapping[str, Any]:
     registry = module.__dict__.get("_diffusers_hook")  # asking a module for what it lacks takes 1 us, and every run asks all of them
     return registry.hooks if registry is not None else {}

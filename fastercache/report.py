@@ -71,7 +71,7 @@ class Summary:
         if self.sites:
             lines.append(f"{'branch':<8}{'sites':<14}{'computed':>9}{'blended':>9}{'not run':>9}   (steps)")
             lines += [f"{row.branch:<8}{row.kind:<14}{row.computed:>9}{row.blended:>9}{row.skipped:>9}" for row in self.sites]
-        stored = "the model's dtype" if self.cache_format == "model" else self.cache_format
+        stored = "the model's dtype, lossless" if self.cache_format == "model" else self.cache_format
         lines.append(f"cache: {self.cache_bytes / 1e6:.1f} MB in {stored} (planned {self.cache_bytes_planned / 1e6:.1f} MB)")
         if self.implementations:
             lines.append("ops: " + ", ".join(f"{op} in {how}" for op, how in self.implementations.items()))
