@@ -20,7 +20,7 @@ from rich.text import Text
 
 import fastercache
 from fastercache import demo as demonstration
-from fastercache import environment, ops, policies, shapes
+from fastercache import environment, ops, policies, shapes, steady
 from fastercache.errors import FasterCacheError
 from fastercache.memory import FORMATS
 from fastercache.plan import Plan, make_plan
@@ -92,6 +92,12 @@ def _one_line_errors() -> Iterator[None]:
         _fail(str(error))
 
 
+def _steady() -> None:
+    """Settle the allocator and the number of threads of this process, and say how many there are."""
+    steady.steady_allocator()
+    console.print(steady.choose_threads(), soft_wrap=True)
+
+
 def _steps(schedule: Schedule | Policy, asked: int | None, default: int = 50) -> int:
     """As asked; else the length of a fixed schedule, or the default."""
     return asked or (len(schedule) if isinstance(schedule, Schedule) else default)
@@ -109,6 +115,7 @@ def demo(
 ) -> None:
     """The embedded text-to-video model on your CPU: uncached beside accelerated, timed and measured."""
     plan = policies.resolve(schedule)
+    _steady()
     demonstration.run_demo(out, prompt or demonstration.PROMPTS, plan, _steps(plan, steps), seed, dtype.on("cpu"), console)
 
 
@@ -145,6 +152,8 @@ def sample(
     if place == "cuda" and not torch.cuda.is_available():
         _fail("--device cuda: torch sees no GPU; leave the option out to run on the CPU")
     out.parent.mkdir(parents=True, exist_ok=True)
+    if place == "cpu":
+        _steady()
     with console.status(f"loading {pipeline}"):
         pipe = _load(pipeline, dtype.on(place), download).to(place)
     call = inspect.signature(pipe.__call__).parameters

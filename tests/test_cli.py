@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import imageio.v3 as iio
@@ -122,6 +123,7 @@ def test_demo(tmp_path):
     assert len(iio.imread(tmp_path / "comparison.gif")) == 8
     assert "schedule 'paper', 4 steps" in (tmp_path / "summary.txt").read_text()
     assert "schedule 'paper', 4 steps" in result.stdout and "fewer" in result.stdout
+    assert re.search(r"^\d+ CPU threads?[ ,]", result.stdout, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +148,7 @@ def test_sample(tmp_path):
     out = tmp_path / "new" / "clip.mp4"
     result = run("sample", "shapes", "--prompt", PROMPT, "--steps", 2, "--out", out)
     assert result.exit_code == 0, result.output
-    assert "8 frames of 64 x 64" in result.stdout and "2 steps" in result.stdout
+    assert "8 frames of 64 x 64" in result.stdout and "2 steps" in result.stdout and "CPU thread" in result.stdout
     assert iio.imread(out, plugin="pyav").shape == (8, 64, 64, 3)
 
 
