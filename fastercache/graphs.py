@@ -63,11 +63,11 @@ class GraphOptions:
         """Whether graphs compiled now would be CUDA graphs on a GPU: by the mode, the backend, or Inductor's own configuration."""
         if self.backend == "cudagraphs":
             return True
-        own = torch._inductor.list_mode_options(self.mode) if self.mode is not None else {}
+        own: dict[str, Any] = torch._inductor.list_mode_options(self.mode) if self.mode is not None else {}
         if not isinstance(self.backend, str):
             # One made from Inductor's: torch's own wrapper with `mode` or `options`, or a partial of `compile_fx`.
             for options in (getattr(self.backend, "config", None), getattr(self.backend, "keywords", {}).get("config_patches")):
-                own = own | (options if isinstance(options, Mapping) else {})
+                own = own | (dict(options) if isinstance(options, Mapping) else {})
         elif self.backend != "inductor":
             return bool(own.get(_CUDA_GRAPHS, False))
         return bool(own.get(_CUDA_GRAPHS, torch._inductor.config.triton.cudagraphs))

@@ -57,7 +57,7 @@ def memory_of(device: torch.device) -> tuple[int, int] | None:
     """Bytes that a device has free for torch, and in all; `None` where it does not say."""
     if device.type == "cpu":
         return host_memory()
-    module = getattr(torch, device.type, None)
+    module: Any = getattr(torch, device.type, None)
     if not hasattr(module, "mem_get_info"):
         return None
     free, total = module.mem_get_info(device)

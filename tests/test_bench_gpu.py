@@ -165,6 +165,24 @@ def test_a_step_is_ended_and_reported(tmp_path, script, minutes, outcome):
     assert step["outcome"].startswith(outcome) and step["last"] == ("fine" if outcome == "passed" else "")
 
 
+def test_the_gpu_tests_are_those_of_the_ops_and_of_cuda_graphs(tmp_path, monkeypatch):
+    """Never with interpreted kernels; and one that only skips has not passed."""
+    begun = []
+
+    def start(name, command, out, **environment):
+        begun.append(command[3])
+        return {"step": name}
+
+    def finish(step, minutes):
+        return {**step, "outcome": "passed", "seconds": 0, "last": "2 skipped" if step["step"] == "graphs" else "9 passed"}
+
+    monkeypatch.setattr(gpu, "start", start)
+    monkeypatch.setattr(gpu, "finish", finish)
+    assert [step["outcome"] for step in gpu.test(tmp_path, 1.0)] == ["passed", "failed: no test ran"]
+    assert begun == ["tests/ops/test_gpu.py", "tests/test_cuda_graphs.py"] and all((gpu.ROOT / path).is_file() for path in begun)
+    assert gpu.ENVIRONMENT["TRITON_INTERPRET"] == "0"
+
+
 def test_a_step_that_fails_fails_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "build", lambda out, minutes: {"step": "build", "outcome": "failed with 1", "seconds": 0, "last": ""})
     assert gpu.main(["--out", str(tmp_path), "--steps", "build"]) == 1

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,6 +85,16 @@ def test_caches_allocated_anew_cost_no_graph():
     fastercache.release(model)
     gc.collect()
     assert torch.equal(sample(model), first) and len(backend.graphs) == 3
+
+
+@pytest.mark.parametrize("folder", [".", "ops"])
+def test_kernels_are_interpreted_only_where_there_is_no_gpu(folder, monkeypatch):
+    conftest = Path(__file__).parent / folder / "conftest.py"
+    for gpu in (True, False):
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        runpy.run_path(str(conftest))
+        assert os.environ.get("TRITON_INTERPRET") == (None if gpu else "1")
 
 
 @needs_gpu

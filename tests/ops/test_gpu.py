@@ -1,4 +1,4 @@
-"""The ops on a GPU, as users call them, against float64 on the CPU: `TRITON_INTERPRET=0 pytest tests/ops/test_gpu.py`."""
+"""The ops on a GPU, as users call them, against float64 on the CPU: `pytest tests/ops/test_gpu.py`."""
 
 import itertools
 import os
