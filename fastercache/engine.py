@@ -342,7 +342,11 @@ class Run:
             )
         plan = engine.plan_for(spec)
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else family.dtype(engine.model, arguments)
-        self.planned, note = engine.budget.choose(partial(plan_cache, family, engine.model, engine.sites, plan, arguments, dtype), device)
+        plan_in = partial(plan_cache, family, engine.model, engine.sites, plan, arguments, dtype)
+        self.planned, note = engine.budget.choose(plan_in, device)
+        if device.type == "cuda" and not self._prepare(plan, dtype, device):  # its format is no choice any more
+            self.planned, note = engine.budget.choose(plan_in, device)
+            self._prepare(plan, dtype, device)
         self._note(note)
         if note:
             logger.info(note)
@@ -469,11 +473,17 @@ class Run:
         ops.cfg_reconstruct(both, cond, self.cache.low, self.cache.high, self.cache.guidance_row, int(self.order == "uncond-first"))
         return both
 
-    def _ops_run(self) -> set[str]:
-        """Names of the ops that the steps made so far have called."""
+    def _prepare(self, plan: Plan, dtype: torch.dtype, device: torch.device) -> bool:
+        """Launch each op of the run once; whether what the caches need can be had."""
+        maps, rings = self.planned.maps, {(ring.shape[-1], ring.bits if ring.format != "model" else 0) for ring in self.planned.rings}
+        planes = None if maps is None else (maps[-2], maps[-1], min(maps[-2:]) // plan.schedule.radius_divisor)
+        return ops.prepare(sorted(self._ops_of(plan.steps)), device, dtype, rings, planes)
+
+    def _ops_of(self, steps: Sequence[PlannedStep]) -> set[str]:
+        """Names of the ops that steps call."""
         kind = "ring" if self.planned.format == "model" else "packed"
         ran = set()
-        for step in self._done:
+        for step in steps:
             ran |= {f"{kind}_blend" for group in step.groups if group.blend} | {f"{kind}_push" for group in step.groups if group.push}
             ran |= ({"cfg_split"} if step.split else set()) | ({"cfg_reconstruct"} if step.rebuild else set())
         return ran
@@ -481,14 +491,14 @@ class Run:
     def summary(self, note: str | None) -> Summary:
         assert self.plan is not None
         engine, device = self.engine, self._first_key[-1]
-        implementations = {op: ops.implementations()[op][device.type] for op in sorted(self._ops_run())}
+        implementations = {op: ops.implementation(op, device) for op in sorted(self._ops_of(self._done))}
         notes = [note] if note else []
         self._note(engine.graphs.end_run() if engine.graphs is not None else None)
         notes += self._notes + engine.attention.notes
         compiled = "" if engine.graphs is None else engine.graphs.describe()
         if self.position < len(self.plan.steps) and note is None:
             notes.append(f"stopped after {self.position} of {len(self.plan.steps)} steps")
-        notes += ops.fallback_reasons()
+        notes += ops.fallback_reasons(device)
         forward = type(engine.model).forward.__get__(engine.model)
         plan = self.plan
 

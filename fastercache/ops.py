@@ -5,15 +5,15 @@
 | `ring_push` | stores a site's newest output in its ring | C++ | CUDA C++, else Triton |
 | `ring_blend` | approximates an output from the last computed ones | C++ | Triton |
 | `ring_blend_add` | the same, gated and added to the residual stream | C++ | Triton |
-| `packed_push` | stores a site's newest output in 8 bits, and its change in 8 or 4 | C++ | CUDA C++ |
+| `packed_push` | stores a site's newest output in 8 bits, and its change in 8 or 4 | C++ | CUDA C++, else Triton |
 | `packed_blend`, `packed_blend_add` | as `ring_blend`, `ring_blend_add`, from a packed ring | C++ | Triton |
 | `cfg_split` | splits the difference of the CFG branches into two bands | C++ | Triton |
 | `cfg_reconstruct` | rebuilds the unconditional half from the conditional one | C++ | Triton |
 | `cfg_guide` | the guided prediction itself, from the conditional one | C++ | Triton |
 
-Where a library is not built, or Triton cannot be imported, plain PyTorch serves the op under the same name; the packed ops have no such
-stand-in. `implementations()` says which serves, `fallback_reasons()` says why. FASTERCACHE_FORCE_REFERENCE=1 in the environment selects
-PyTorch everywhere.
+Where a library is not built, Triton cannot be imported, or the device is neither (`mps`, `xpu`), plain PyTorch serves the op under the same
+name; the packed ops have no such stand-in. `implementations()` says which serves, `fallback_reasons()` says why. `prepare()` launches ops
+once and replaces those that cannot be. FASTERCACHE_FORCE_REFERENCE=1 in the environment selects PyTorch everywhere.
 
 Every op reads what changes from step to step from a *row* on the device, 16 float32 values described in `fastercache.triton_kernels.row`,
 so one graph serves all steps. The ops have no gradient, and mutate their arguments without returning them. A row that names a slot outside
@@ -24,7 +24,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+import threading
+import warnings
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,11 +63,13 @@ __all__ = [
     "cfg_reconstruct",
     "cfg_split",
     "fallback_reasons",
+    "implementation",
     "implementations",
     "map_dtype",
     "packed_blend",
     "packed_blend_add",
     "packed_push",
+    "prepare",
     "prepare_cfg_split",
     "ring_blend",
     "ring_blend_add",
@@ -79,11 +83,11 @@ PACKED_DTYPES = _packed.DTYPES
 
 @dataclass(frozen=True)
 class _Op:
-    """reference: plain PyTorch, registered where nothing faster is, if `fallback`. triton: `None` for an op that CUDA C++ alone serves."""
+    """reference: plain PyTorch, registered where nothing faster is, if `fallback`."""
 
     schema: str
     reference: Callable[..., Any]
-    triton: Callable[..., Any] | None
+    triton: Callable[..., Any]
     fallback: bool = True
 
 
@@ -91,7 +95,7 @@ _OPS = {
     "ring_push": _Op("(Tensor(a!) ring, Tensor x, Tensor row) -> ()", reference_ring_push, triton_ring_push),
     "ring_blend": _Op("(Tensor(a!) out, Tensor ring, Tensor row) -> ()", reference_ring_blend, triton_ring_blend),
     "ring_blend_add": _Op("(Tensor(a!) x, Tensor gate, Tensor ring, Tensor row) -> ()", reference_ring_blend_add, triton_ring_blend_add),
-    "packed_push": _Op("(Tensor(a!) ring, Tensor x, int bits) -> ()", _packed.reference_packed_push, None, False),
+    "packed_push": _Op("(Tensor(a!) ring, Tensor x, int bits) -> ()", _packed.reference_packed_push, _packed.triton_packed_push, False),
     "packed_blend": _Op(
         "(Tensor(a!) out, Tensor ring, Tensor row, int bits) -> ()", _packed.reference_packed_blend, _packed.triton_packed_blend, False
     ),
@@ -136,11 +140,28 @@ def _load(name: str, what: str) -> str | None:
     return None
 
 
-def _register() -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Defines the ops and picks an implementation for each device. Returns the name of each, and the reasons for fallbacks."""
+_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+"""The kinds of devices that something faster than PyTorch is made for, and the dispatcher's name for each."""
+
+
+def _candidates(name: str) -> dict[str, list[str]]:
+    """What may serve an op on each kind of device, best first."""
+    op = _OPS[name]
+    last = "PyTorch" if op.fallback else "none"
+    on_cuda = [*(["CUDA C++"] if name in _IN_CUDA else []), "Triton", last]
+    return {"cpu": ["C++", last], "cuda": on_cuda}
+
+
+def _register() -> tuple[dict[str, dict[str, str]], list[tuple[str, str]]]:
+    """Defines the ops and picks an implementation for each kind of device.
+
+    Returns the name of each, and the reasons for fallbacks with the kind of device that each is about.
+    """
     for name, op in _OPS.items():
         _library.define(name + op.schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"fastercache::{name}", lambda *args: None, lib=_library)
+        if op.fallback:
+            _library.impl(name, op.reference, "CompositeExplicitAutograd")  # on every kind of device that has nothing of its own
     missing: dict[str, str | None]
     if os.environ.get("FASTERCACHE_FORCE_REFERENCE") == "1":
         missing = dict.fromkeys(("C++", "CUDA C++", "Triton"), "FASTERCACHE_FORCE_REFERENCE=1 is set")
@@ -152,31 +173,22 @@ def _register() -> tuple[dict[str, dict[str, str]], list[str]]:
         }
     chosen: dict[str, dict[str, str]] = {}
     for name, op in _OPS.items():
-        on_cuda = next((how for how in _cuda_candidates(name, op) if missing[how] is None), None)
-        if missing["C++"] and op.fallback:
-            _library.impl(name, op.reference, "CPU")
-        if on_cuda == "Triton" and op.triton is not None:
+        chosen[name] = {kind: next(how for how in found if missing.get(how) is None) for kind, found in _candidates(name).items()}
+        if chosen[name]["cuda"] == "Triton":
             _library.impl(name, op.triton, "CUDA")
-        elif on_cuda is None and op.fallback:
-            _library.impl(name, op.reference, "CUDA")
-        stand_in = "PyTorch" if op.fallback else "none"
-        chosen[name] = {"cpu": stand_in if missing["C++"] else "C++", "cuda": on_cuda or stand_in}
     reasons = []
     if missing["C++"]:
-        reasons.append(f"The CPU ops run on PyTorch: {missing['C++']}.")
+        reasons.append(("cpu", f"The CPU ops run on PyTorch: {missing['C++']}."))
     if missing["Triton"]:
-        reasons.append(f"The CUDA ops run on PyTorch: {missing['Triton']}.")
+        reasons.append(("cuda", f"The CUDA ops run on PyTorch: {missing['Triton']}."))
     elif missing["CUDA C++"] and torch.version.cuda:
-        reasons.append(f"On CUDA, ring_push runs on Triton and packed caches are not to be had: {missing['CUDA C++']}.")
+        reasons.append(("cuda", f"On CUDA, {' and '.join(_IN_CUDA)} run on Triton: {missing['CUDA C++']}."))
     return chosen, reasons
 
 
-def _cuda_candidates(name: str, op: _Op) -> list[str]:
-    """What may serve an op on CUDA, best first."""
-    return [*(["CUDA C++"] if name in _IN_CUDA else []), *(["Triton"] if op.triton else [])]
-
-
 _CHOSEN, _REASONS = _register()
+_LAUNCHED: set[tuple[Hashable, ...]] = set()
+_LOCK = threading.Lock()
 _ring_push = torch.ops.fastercache.ring_push.default
 _ring_blend = torch.ops.fastercache.ring_blend.default
 _ring_blend_add = torch.ops.fastercache.ring_blend_add.default
@@ -193,17 +205,114 @@ def implementations() -> dict[str, dict[str, str]]:
     return {name: dict(chosen) for name, chosen in _CHOSEN.items()}
 
 
-def fallback_reasons() -> list[str]:
-    """Why something slower serves the ops of a device, one sentence for each such device; empty when nothing falls back."""
-    return list(_REASONS)
+def implementation(name: str, device: torch.device) -> str:
+    """Which code serves an op on a device of any kind: as in `implementations`; plain PyTorch, or none, where nothing is made for it."""
+    return _CHOSEN[name].get(device.type, "PyTorch" if _OPS[name].fallback else "none")
+
+
+def fallback_reasons(device: torch.device | None = None) -> list[str]:
+    """Why something slower serves the ops, one sentence for each cause; empty when nothing falls back. Of all devices, or of one."""
+    if device is not None and device.type not in _KEYS:
+        return [f"On {device.type}, the ops run on PyTorch: fastercache has faster ones for the CPU and for CUDA only."]
+    return [sentence for kind, sentence in _REASONS if device is None or kind == device.type]
 
 
 def packed_missing(device: torch.device) -> str | None:
     """Why packed rings cannot be used on a device, or None where they can."""
-    missing = [name for name, chosen in _CHOSEN.items() if not _OPS[name].fallback and chosen.get(device.type, "none") == "none"]
+    missing = [name for name, op in _OPS.items() if not op.fallback and implementation(name, device) == "none"]
     if not missing:
         return None
-    return " ".join([f"nothing serves {', '.join(missing)} on {device.type}.", *_REASONS])
+    return " ".join([f"nothing serves {', '.join(missing)} on {device.type}.", *fallback_reasons(device)])
+
+
+def prepare(
+    names: Iterable[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    rings: Iterable[tuple[int, int]] = (),
+    planes: tuple[int, int, int] | None = None,
+) -> bool:
+    """Launches each of the named ops once, on small tensors, so that nothing is compiled or loaded in the middle of a run.
+
+    What cannot be launched (Triton has no C compiler, or CUDA C++ no image for this GPU) is replaced by what comes next, in this process
+    and on all devices of the kind; `fallback_reasons` then says why.
+
+    Args:
+        names: of the ops that will be called.
+        device: on which.
+        dtype: of the outputs that are stored, and of predictions.
+        rings: channels of each kind of ring, and bits of a packed difference.
+        planes: height and width of a prediction's planes, and the radius, for the ops on guidance.
+
+    Returns:
+        Whether something serves each of them still; `packed_missing` says what does not.
+    """
+    with _LOCK:
+        for name in names:
+            sizes = [planes] if name.startswith("cfg") else sorted(set(rings))
+            for size in sizes:
+                launch = (name, device, dtype, size)
+                if size is not None and launch not in _LAUNCHED and implementation(name, device) not in ("PyTorch", "none"):
+                    _launch(name, device.type, _example(name, device, dtype, size))
+                    _LAUNCHED.add(launch)
+    return all(implementation(name, device) != "none" for name in names)
+
+
+def _example(name: str, device: torch.device, dtype: torch.dtype, size: tuple[int, ...]) -> tuple[Any, ...]:
+    """Arguments of an op as a run has them, but of 16 rows, or one plane; no tap is in use."""
+    row = torch.zeros(ROW_SIZE, device=device)
+    if name.startswith("cfg"):
+        height, width, radius = size
+        cond, uncond, out = (torch.zeros((count, height, width), dtype=dtype, device=device) for count in (1, 1, 2))
+        low, high = (torch.zeros((1, height, width), dtype=map_dtype(dtype), device=device) for _ in range(2))
+        return {
+            "cfg_split": (low, high, uncond, cond, radius),
+            "cfg_reconstruct": (out, cond, low, high, row, 1),
+            "cfg_guide": (uncond, cond, low, high, row, row[:1]),
+        }[name]
+    channels, bits = size
+    x, out = (torch.zeros((16, channels), dtype=dtype, device=device) for _ in range(2))
+    gate = x[:1]
+    if name.startswith("ring"):
+        ring = torch.zeros((2, 16, channels), dtype=dtype, device=device)
+        return {"ring_push": (ring, x, row), "ring_blend": (out, ring, row), "ring_blend_add": (out, gate, ring, row)}[name]
+    ring = torch.zeros((16, _packed.row_bytes(channels, bits)), dtype=torch.uint8, device=device)
+    return {
+        "packed_push": (ring, x, bits),
+        "packed_blend": (out, ring, row, bits),
+        "packed_blend_add": (out, gate, ring, row, bits),
+    }[name]
+
+
+def _launch(name: str, kind: str, arguments: tuple[Any, ...]) -> None:
+    """Calls what serves an op on a kind of device, and replaces it for as long as it fails."""
+    while (how := _CHOSEN[name][kind]) not in ("PyTorch", "none"):
+        op = _OPS[name].triton if how == "Triton" else getattr(torch.ops.fastercache, name).default
+        try:
+            op(*arguments)
+            return
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            text = (str(error).strip() or repr(error)).splitlines()[0]
+            _replace(name, kind, f"it cannot be launched in {how} ({type(error).__name__}: {text})")
+
+
+def _replace(name: str, kind: str, why: str) -> None:
+    """Let the next candidate serve an op. Triton that cannot be imported is not one."""
+    found = _candidates(name)[kind]
+    rest = found[found.index(_CHOSEN[name][kind]) + 1 :]
+    how = next(one for one in rest if one != "Triton" or _triton.MISSING is None)
+
+    def refuse(*arguments: Any) -> None:
+        raise NotImplementedError(f"nothing serves {name} on {kind}: {why}")
+
+    served_by = {"Triton": _OPS[name].triton, "PyTorch": _OPS[name].reference, "none": refuse}[how]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, that a kernel is replaced
+        _library.impl(name, served_by, _KEYS[kind])
+    _CHOSEN[name][kind] = how
+    _REASONS.append((kind, f"On {kind}, {name} {f'runs on {how}' if how != 'none' else 'is not to be had'}: {why}."))
 
 
 def map_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -29,6 +29,11 @@ HIGH = tl.constexpr(int(Row.HIGH))
 TAPS = tl.constexpr(int(Row.TAPS))
 MAX_TAPS = tl.constexpr(_MAX_TAPS)
 
+FUSED = {"enable_fp_fusion": True}
+"""Of a launch: products and sums may become fused multiply-adds. Always given, because Triton's default has changed and will again."""
+UNFUSED = {"enable_fp_fusion": False}
+"""As the C++ and CUDA code is compiled, where a value fused otherwise would fall on another code."""
+
 BLOCK_SIZE = 1024  # elements a program handles: 8 for each of 128 threads, one 128-bit load of a 16-bit type
 
 

@@ -17,6 +17,7 @@ import torch
 
 from ._triton import (
     BLOCK_SIZE,
+    FUSED,
     HIGH,
     LOW,
     collapse,
@@ -95,6 +96,7 @@ def triton_cfg_reconstruct(
             COPY=copied.data_ptr() != cond.data_ptr(),
             BLOCK=BLOCK_SIZE,
             WIDE=needs_wide(sizes, strides),
+            **FUSED,
         )
 
 
@@ -117,7 +119,7 @@ def triton_cfg_guide(
     sizes, strides = collapse(cond.shape, cond.stride())
     with on_device_of(out):
         cfg_guide_kernel[grid(cond.numel())](
-            out, cond, low, high, row, scale, cond.numel(), sizes, strides, BLOCK=BLOCK_SIZE, WIDE=needs_wide(sizes, strides)
+            out, cond, low, high, row, scale, cond.numel(), sizes, strides, BLOCK=BLOCK_SIZE, WIDE=needs_wide(sizes, strides), **FUSED
         )
 
 

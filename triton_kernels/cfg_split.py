@@ -33,7 +33,7 @@ from functools import lru_cache
 
 import torch
 
-from ._triton import MISSING, collapse, compute_dtype, on_device_of, strided_offset, tl, triton
+from ._triton import FUSED, MISSING, collapse, compute_dtype, on_device_of, strided_offset, tl, triton
 
 MAX_SIDE, MAX_RADIUS = 128, 31
 STRIP = 32  # columns of a tile
@@ -56,6 +56,17 @@ def fourier_basis(n: int, radius: int, dtype: torch.dtype, device: torch.device)
         return basis.to(device=device, dtype=dtype)
 
 
+@lru_cache(maxsize=64)
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64; `mps`, and `xpu` of some kinds, do not."""
+    if device.type in ("cpu", "cuda"):
+        return True
+    try:
+        return bool((torch.ones((), dtype=torch.float64, device=device) + 1).item() == 2)
+    except Exception:
+        return False
+
+
 def disc(radius: int, device: torch.device) -> torch.Tensor:
     """Which products of two basis columns lie inside the disc: bool `[2 * radius + 1, 2 * radius + 1]`, compared in exact integers."""
     frequency = (torch.arange(2 * radius + 1, device=device) + 1) // 2
@@ -63,10 +74,11 @@ def disc(radius: int, device: torch.device) -> torch.Tensor:
 
 
 def reference_cfg_split(low: torch.Tensor, high: torch.Tensor, uncond: torch.Tensor, cond: torch.Tensor, radius: int) -> None:
-    """The op in plain PyTorch, projecting in float64: `allow_tf32`, which a user may set, would spoil float32 products."""
+    """The op in plain PyTorch, projecting in float64 where the device has it: `allow_tf32`, which a user may set, would spoil float32."""
     difference = uncond.to(low.dtype) - cond.to(low.dtype)
-    rows, columns = (fourier_basis(n, radius, torch.float64, low.device) for n in low.shape[-2:])
-    spectrum = rows.T @ difference.double() @ columns
+    dtype = torch.float64 if has_float64(low.device) else torch.float32
+    rows, columns = (fourier_basis(n, radius, dtype, low.device) for n in low.shape[-2:])
+    spectrum = rows.T @ difference.to(dtype) @ columns
     low.copy_(rows @ (spectrum * disc(radius, low.device)) @ columns.T)
     torch.sub(difference, low, out=high)
 
@@ -167,7 +179,7 @@ def prepare(height: int, width: int, radius: int, dtype: torch.dtype, device: to
     if triton_serves and not fits_kernel(height, width, radius, dtype):
         return  # Fourier transforms need none
     for n in (height, width):
-        fourier_basis(n, radius, torch.float32 if triton_serves else torch.float64, device)
+        fourier_basis(n, radius, torch.float32 if triton_serves or not has_float64(device) else torch.float64, device)
 
 
 def triton_cfg_split(low: torch.Tensor, high: torch.Tensor, uncond: torch.Tensor, cond: torch.Tensor, radius: int) -> None:
@@ -199,6 +211,7 @@ def triton_cfg_split(low: torch.Tensor, high: torch.Tensor, uncond: torch.Tensor
             MODES=modes,
             STRIP=STRIP,
             num_warps=8,
+            **FUSED,
             num_stages=1,  # loading ahead would take up to three times the registers; other programs fill the time instead
         )
 

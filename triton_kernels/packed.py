@@ -2,7 +2,8 @@
 
 A packed ring is one uint8 tensor `[*shape[:-1], row bytes]`. For each row of channels it holds the newest output `A` as int8 codes, the
 difference `D = A - B` to the output before it as int8 or int4 codes, and a float32 scale for every 128 codes of either. A difference of
-neighbouring steps is small, so its codes are spent where they matter. A push (C++ and CUDA, `csrc/`) works in place and needs no slot:
+neighbouring steps is small, so its codes are spent where they matter. A push (in CUDA C++, and here
+where that has no image for the device) works in place and needs no slot:
 
     D = quantize(x - dequantize(A)),   then   A = quantize(x)
 
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ._triton import COEFFICIENT, TAPS, collapse, on_device_of, strided_offset, tl, triton, widen
+from ._triton import COEFFICIENT, FUSED, TAPS, UNFUSED, collapse, on_device_of, strided_offset, tl, triton, widen
 from .row import Row
 
 BLOCK = 128
@@ -262,12 +263,84 @@ def packed_blend_add_kernel(
     tl.store(pointers, value.to(x.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def quantized(values, largest_code):
+    """Codes, int32, and scales of rows of a block, `[ROWS, BLOCK]`, as `csrc/kernels/packed.h` makes them, byte for byte.
+
+    Magnitudes are compared as bits, so that a NaN, whose bits exceed infinity's, is found. Adding 1.5 * 2**23 rounds to the nearest
+    integer, ties to even, which the lowest bits then hold.
+    """
+    magnitude = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1, keep_dims=True).to(tl.float32, bitcast=True)
+    usable = (magnitude > 1e-30) & (magnitude <= 3.402823466e38)
+    inverse = tl.where(usable, tl.div_rn(largest_code, tl.where(usable, magnitude, 1.0)), 0.0)
+    scaled = tl.where(inverse > 0, values * inverse, 0.0)
+    codes = (scaled + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+    return codes, tl.div_rn(magnitude, largest_code)
+
+
+@triton.jit
+def packed_push_kernel(
+    ring,
+    x,
+    lines,
+    channels,
+    line_bytes,
+    difference,
+    newest_scales,
+    difference_scales,
+    sizes,
+    x_strides,
+    channel_stride,
+    BITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    line, block = program_tile(channels, ROWS, BLOCK)
+    channel = block * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside_line = line < lines
+    inside = inside_line & (channel < channels)
+    start = ring + line * line_bytes
+    values = tl.load(x + strided_offset(line, sizes, x_strides) + channel * channel_stride, mask=inside, other=0.0).to(tl.float32)
+    newest_scale = (start + newest_scales).to(tl.pointer_type(tl.float32)) + block
+    if BITS > 0:
+        scale = tl.load(newest_scale, mask=inside_line, other=0.0)
+        newest = tl.load(start + channel, mask=inside, other=0).to(tl.int8, bitcast=True).to(tl.float32)
+        changes = tl.where(channel < channels, values - scale * newest, 0.0)  # a scale that is NaN says nothing of what fills up
+        tl.debug_barrier()  # what one thread replaces below, another may have to read: a row's scale belongs to many
+        codes, scale = quantized(changes, 7.0 if BITS == 4 else 127.0)
+        tl.store((start + difference_scales).to(tl.pointer_type(tl.float32)) + block, scale, mask=inside_line)
+        if BITS == 8:
+            tl.store(start + difference + channel, codes.to(tl.uint8), mask=inside)
+        else:
+            low, high = tl.split(tl.reshape(codes, (ROWS, BLOCK // 2, 2)))
+            pair = block * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
+            # What fills up the part is written with it, which nobody reads as codes: the store then has 16 bytes.
+            pairs = ((low & 0xF) | (high << 4)).to(tl.uint8)
+            tl.store(start + difference + pair, pairs, mask=inside_line & (pair < newest_scales - difference))
+    codes, scale = quantized(values, 127.0)
+    tl.store(newest_scale, scale, mask=inside_line)
+    tl.store(start + channel, codes.to(tl.uint8), mask=inside)
+
+
 def _launch_shape(tensor: torch.Tensor, bits: int) -> tuple[PackedRow, int, int, tuple[int]]:
     """The layout and number of rows, how many a program takes (each thread then has one 16-byte load of a difference's codes), the grid."""
     row = PackedRow(tensor.shape[-1], bits)
     lines = tensor.numel() // row.channels
     rows = THREADS * (32 if bits == 4 else 16) // BLOCK
     return row, lines, rows, (triton.cdiv(lines, rows) * row.blocks,)
+
+
+def triton_packed_push(ring: torch.Tensor, x: torch.Tensor, bits: int) -> None:
+    """Launches the kernel; arguments as in `fastercache.ops.packed_push`, taken as valid."""
+    if x.numel() == 0:
+        return
+    layout, lines, rows, grid = _launch_shape(x, bits)
+    sizes, strides = collapse(x.shape[:-1], x.stride()[:-1])
+    with on_device_of(ring):
+        packed_push_kernel[grid](
+            ring, x, lines, layout.channels, layout.bytes, layout.difference, layout.newest_scales, layout.difference_scales,
+            sizes, strides, x.stride(-1), BITS=bits, ROWS=rows, BLOCK=BLOCK, num_warps=THREADS // 32, **UNFUSED,
+        )  # fmt: skip
 
 
 def triton_packed_blend(out: torch.Tensor, ring: torch.Tensor, row: torch.Tensor, bits: int) -> None:
@@ -278,7 +351,7 @@ def triton_packed_blend(out: torch.Tensor, ring: torch.Tensor, row: torch.Tensor
     with on_device_of(out):
         packed_blend_kernel[grid](
             out, ring, row, lines, layout.channels, layout.bytes, layout.difference, layout.newest_scales, layout.difference_scales,
-            BITS=bits, ROWS=rows, BLOCK=BLOCK, num_warps=THREADS // 32,
+            BITS=bits, ROWS=rows, BLOCK=BLOCK, num_warps=THREADS // 32, **FUSED,
         )  # fmt: skip
 
 
@@ -292,7 +365,7 @@ def triton_packed_blend_add(x: torch.Tensor, gate: torch.Tensor, ring: torch.Ten
     with on_device_of(x):
         packed_blend_add_kernel[grid](
             x, gate, ring, row, lines, layout.channels, layout.bytes, layout.difference, layout.newest_scales, layout.difference_scales,
-            sizes, x_strides, gate_strides, gate.stride(-1), BITS=bits, ROWS=rows, BLOCK=BLOCK, num_warps=THREADS // 32,
+            sizes, x_strides, gate_strides, gate.stride(-1), BITS=bits, ROWS=rows, BLOCK=BLOCK, num_warps=THREADS // 32, **FUSED,
         )  # fmt: skip
 
 

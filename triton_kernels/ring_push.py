@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from ._triton import BLOCK_SIZE, WRITE_SLOT, collapse, grid, needs_wide, on_device_of, program_elements, strided_offset, tl, triton
+from ._triton import BLOCK_SIZE, FUSED, WRITE_SLOT, collapse, grid, needs_wide, on_device_of, program_elements, strided_offset, tl, triton
 from .row import Row
 
 
@@ -39,7 +39,7 @@ def triton_ring_push(ring: torch.Tensor, x: torch.Tensor, row: torch.Tensor) -> 
     sizes, strides = collapse(x.shape, x.stride())
     with on_device_of(ring):
         ring_push_kernel[grid(x.numel())](
-            ring, x, row, x.numel(), ring.stride(0), sizes, strides, BLOCK=BLOCK_SIZE, WIDE=needs_wide(sizes, strides)
+            ring, x, row, x.numel(), ring.stride(0), sizes, strides, BLOCK=BLOCK_SIZE, WIDE=needs_wide(sizes, strides), **FUSED
         )
 
 

@@ -21,11 +21,11 @@ from triton.runtime.jit import JITFunction
 
 from fastercache.triton_kernels.cfg_reconstruct import triton_cfg_guide, triton_cfg_reconstruct
 from fastercache.triton_kernels.cfg_split import triton_cfg_split
-from fastercache.triton_kernels.packed import PackedRow, triton_packed_blend, triton_packed_blend_add
+from fastercache.triton_kernels.packed import PackedRow, triton_packed_blend, triton_packed_blend_add, triton_packed_push
 from fastercache.triton_kernels.ring_blend import triton_ring_blend, triton_ring_blend_add
 from fastercache.triton_kernels.ring_push import triton_ring_push
 
-TARGETS = (80, 90, 100)  # A100, H100, B200
+TARGETS = (75, 80, 90, 100, 120)  # T4, A100 (and what has its machine code: sm_86, sm_89), H100, B200, RTX 50
 POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -55,6 +55,10 @@ def blend(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 def blend_add(x: torch.Tensor, gate: torch.Tensor) -> None:
     triton_ring_blend_add(x, gate, empty(3, *x.shape, dtype=x.dtype), ROW)
+
+
+def packed_push(x: torch.Tensor, bits: int) -> None:
+    triton_packed_push(packed_ring(x.shape, bits), x, bits)
 
 
 def packed(shape: tuple[int, ...], dtype: torch.dtype, bits: int) -> None:
@@ -99,6 +103,9 @@ CASES: dict[str, Callable[[], None]] = {
     "ring_blend_add bf16, float32 gate by channel": lambda: blend_add(empty(*COGVIDEOX), empty(2, 1, 1920, dtype=FP32)),
     "ring_blend_add bf16, gate by element": lambda: blend_add(empty(*COGVIDEOX), empty(*COGVIDEOX)),
     "ring_blend_add bf16, part of a sequence": lambda: blend_add(empty(*COGVIDEOX)[:, 226:], empty(2, 1, 1920)),
+    "packed_push bf16, 0 bits": lambda: packed_push(empty(*COGVIDEOX), 0),
+    "packed_push bf16, 8 bits": lambda: packed_push(empty(*COGVIDEOX), 8),
+    "packed_push bf16, 4 bits": lambda: packed_push(empty(*COGVIDEOX), 4),
     "packed_blend bf16, 0 bits": lambda: packed(COGVIDEOX, BF16, 0),
     "packed_blend bf16, 8 bits": lambda: packed(COGVIDEOX, BF16, 8),
     "packed_blend bf16, 4 bits": lambda: packed(COGVIDEOX, BF16, 4),
@@ -135,13 +142,14 @@ def describe(value, path, constants, attributes):
 
 
 def compile_instead(self, *args, grid, warmup, **keywords):
-    options = {name: keywords.pop(name) for name in ("num_warps", "num_stages") if name in keywords}
+    options = {name: keywords.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in keywords}
     constants, attributes = {}, {}
     signature = {self.arg_names[i]: describe(value, (i,), constants, attributes) for i, value in enumerate(args)}
     for name, value in keywords.items():
         constants[(self.arg_names.index(name),)] = value
         signature[name] = "constexpr"
     for target in TARGETS:
+        assert "enable_fp_fusion" in options, "a launch leaves the fusing of products and sums to Triton's default"
         source = ASTSource(self, signature, constants, attributes)
         kernel = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
         results.append({"target": target, "shared": kernel.metadata.shared, **machine_code(kernel.asm["cubin"])})
@@ -158,7 +166,7 @@ def machine_code(cubin: bytes) -> dict:
         file.write(cubin)
         file.flush()
         registers, stack, local = re.findall(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", dump("--dump-resource-usage"))[0]
-        accesses = Counter(re.findall(r"\b((?:LDG|STG)[\w.]*) ", dump("-sass")))
+        accesses = Counter(name.removesuffix(".SYS") for name in re.findall(r"\b((?:LDG|STG)[\w.]*) ", dump("-sass")))  # as sm_75 spells it
     return {"registers": int(registers), "memory": int(stack) + int(local), "accesses": accesses}
 
 

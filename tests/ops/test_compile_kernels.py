@@ -10,8 +10,12 @@ import pytest
 
 pytest.importorskip("triton")
 
-TARGETS = {80, 90, 100}
-SHARED = 99 * 1024  # bytes a program may use on the smallest of the supported GPUs, sm_86 and sm_89
+TARGETS = {75, 80, 90, 100, 120}
+FILLED = {75: 64, 120: 40}
+"""Registers of a thread with which 1024 and 1536 threads, all that a multiprocessor of these takes, still fit."""
+STACK = {("packed_blend_add bf16, 4 bits", 120): 8}
+"""Bytes of a thread's stack that are known and borne."""
+SHARED = 64 * 1024  # bytes a program may use on the smallest of the supported GPUs, sm_75
 
 # Of each case of compile_kernels.py: registers of a thread, at most (the hardware gives them in eights; 32 leave room for 2048 threads on a
 # multiprocessor), and its loads and stores of 16 bytes. Lower a bound when a kernel gets better; raise one only with a measurement.
@@ -28,6 +32,9 @@ EXPECTED = {
     "ring_blend_add bf16, float32 gate by channel": (40, 7, 1),
     "ring_blend_add bf16, gate by element": (32, 6, 1),
     "ring_blend_add bf16, part of a sequence": (32, 6, 1),
+    "packed_push bf16, 0 bits": (48, 2, 1),
+    "packed_push bf16, 8 bits": (64, 3, 2),
+    "packed_push bf16, 4 bits": (120, 6, 3),
     "packed_blend bf16, 0 bits": (32, 1, 2),
     "packed_blend bf16, 8 bits": (40, 2, 2),
     "packed_blend bf16, 4 bits": (64, 3, 4),
@@ -71,16 +78,16 @@ def test_the_list_is_whole_and_short(compiled):
 def test_registers_and_shared_memory_suffice(compiled, case):
     registers = EXPECTED_SPLIT[case] if case in EXPECTED_SPLIT else EXPECTED[case][0]
     for result in compiled[case]:
-        assert result["registers"] <= registers, result
-        assert result["memory"] == 0, result  # no registers spilled to local memory
+        assert result["registers"] <= max(registers, FILLED.get(result["target"], 0)), result
+        assert result["memory"] == STACK.get((case, result["target"]), 0), result  # no registers spilled to local memory
         assert result["shared"] <= SHARED, result
 
 
 @pytest.mark.parametrize("case", EXPECTED)
 def test_payload_moves_16_bytes_at_a_time(compiled, case):
-    """All that is narrower are float32 values that many elements share: of the row, scales and gates."""
+    """All that is narrower are float32 values that many elements share: of the row, scales (which a push writes) and gates."""
     _, loads, stores = EXPECTED[case]
     for result in compiled[case]:
         wide = {name: result["accesses"].pop(name, 0) for name in ("LDG.E.128", "STG.E.128")}
         assert wide == {"LDG.E.128": loads, "STG.E.128": stores}, result
-        assert set(result["accesses"]) <= {"LDG.E"}, result
+        assert set(result["accesses"]) <= ({"LDG.E", "STG.E"} if case.startswith("packed_push") else {"LDG.E"}), result

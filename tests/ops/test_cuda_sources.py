@@ -21,7 +21,7 @@ from .helpers import dtypes, few, generator, layouts, make_row, nan, nan_ring, r
 
 CSRC = Path(__file__).parents[2] / "csrc"
 SOURCES = [CSRC / "cuda" / "ring_push.cu", CSRC / "cuda" / "packed_push.cu"]
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = (75, 80, 90, 100, 120)
 SLOTS = 5
 LAUNCH_FAILURE = 719
 
@@ -71,7 +71,8 @@ def kernels(tmp_path_factory) -> dict[tuple[int, str], dict]:
                 found[architecture, short(name)] = {"registers": int(registers), "memory": int(stack) + int(local)}
         for architecture, text in sections(run("c++filt", input=run(cuobjdump, "-sass", built))):
             for function in text.split("Function : ")[1:]:
-                instructions = Counter(re.findall(r"\b((?:LDG|STG|LDL|STL)[\w.]*) ", function))
+                names = re.findall(r"\b((?:LDG|STG|LDL|STL)[\w.]*) ", function)
+                instructions = Counter(name.removesuffix(".SYS") for name in names)  # as sm_75 spells it
                 found[architecture, short(function.partition("\n")[0])]["instructions"] = instructions
     return found
 

@@ -233,3 +233,103 @@ def test_implementations_name_every_op():
     for name, chosen in ops.implementations().items():
         stand_in = "none" if name.startswith("packed") else "PyTorch"
         assert chosen["cpu"] in ("C++", stand_in) and chosen["cuda"] in ("CUDA C++", "Triton", stand_in)
+
+
+BROKEN_LAUNCHES = """
+import dataclasses, json
+from types import SimpleNamespace
+import torch
+from fastercache import ops
+example = ops._example
+ops._example = lambda name, device, dtype, size: example(name, torch.device("cpu"), dtype, size)  # there need be no GPU
+tried = []
+def broken(*arguments):
+    tried.append(1)
+    raise RuntimeError("{error}")
+for name in {names}:
+    {break_it}
+names, cuda = ["ring_push", "ring_blend", "packed_push", "packed_blend", "cfg_split"], torch.device("cuda")
+def prepare():
+    return ops.prepare(names, cuda, torch.float32, rings=[(128, 8)], planes=(16, 16, 3))
+served = prepare()
+first = len(tried)
+again = prepare()
+chosen = {{name: how["cuda"] for name, how in ops.implementations().items()}}
+print(json.dumps([served, again, chosen, ops.fallback_reasons(cuda), ops.packed_missing(cuda), len(tried) - first]))
+"""
+needs_triton = pytest.mark.skipif(ops._triton.MISSING is not None, reason="needs Triton")
+
+
+@needs_triton
+def test_kernels_that_launch_stay():
+    script = BROKEN_LAUNCHES.format(names=[], error="", break_it="pass")
+    served, again, chosen, reasons, missing, _ = in_new_process(script, FASTERCACHE_FORCE_REFERENCE="0")
+    assert served and again and missing is None and {chosen[name] for name in ("ring_blend", "packed_blend", "cfg_split")} == {"Triton"}
+    assert not any("launched" in reason for reason in reasons)
+
+
+@needs_triton
+def test_a_triton_kernel_that_cannot_be_launched_is_replaced_as_a_run_begins():
+    """Plain PyTorch serves what it can; packed rings are refused with the reason, and nothing is tried twice."""
+    break_it = "ops._OPS[name] = dataclasses.replace(ops._OPS[name], triton=broken)"
+    names = ["ring_blend", "packed_blend", "cfg_split"]
+    script = BROKEN_LAUNCHES.format(names=names, error="Failed to find C compiler", break_it=break_it)
+    served, again, chosen, reasons, missing, tries = in_new_process(script, FASTERCACHE_FORCE_REFERENCE="0")
+    assert not served and not again and tries == 0
+    assert (chosen["ring_blend"], chosen["cfg_split"], chosen["packed_blend"]) == ("PyTorch", "PyTorch", "none")
+    assert any("ring_blend runs on PyTorch" in one and "RuntimeError: Failed to find C compiler" in one for one in reasons)
+    assert "nothing serves packed_blend on cuda" in missing and "Failed to find C compiler" in missing
+
+
+@needs_triton
+def test_triton_serves_the_pushes_where_no_built_image_fits():
+    break_it = "ops._CHOSEN[name]['cuda'] = 'CUDA C++'; setattr(torch.ops.fastercache, name, SimpleNamespace(default=broken))"
+    error = "CUDA error: no kernel image is available for execution on the device"
+    script = BROKEN_LAUNCHES.format(names=["ring_push", "packed_push"], error=error, break_it=break_it)
+    served, _, chosen, reasons, missing, _ = in_new_process(script, FASTERCACHE_FORCE_REFERENCE="0")
+    assert served and missing is None and (chosen["ring_push"], chosen["packed_push"]) == ("Triton", "Triton")
+    for name in ("ring_push", "packed_push"):
+        assert any(f"{name} runs on Triton" in reason and "no kernel image" in reason for reason in reasons)
+
+
+@needs_triton
+def test_without_the_cuda_library_triton_serves_both_pushes():
+    if ops.implementations()["ring_push"]["cuda"] == "CUDA C++":
+        pytest.skip("the CUDA library is built")
+    assert ops.packed_missing(torch.device("cuda")) is None or "FORCE_REFERENCE" in ops.packed_missing(torch.device("cuda"))
+
+
+PLAIN = [name for name in OPS if not name.startswith("packed")]
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_plain_pytorch_serves_devices_of_other_kinds(name):
+    """What the dispatcher calls for such a device gives what the CPU does: run here on tensors of the CPU."""
+    for key in ("MPS", "XPU", "PrivateUse1"):
+        assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"fastercache::{name}", key)
+    theirs, ours = arguments(name), arguments(name)
+    op = getattr(torch.ops.fastercache, name).default
+    op(*in_schema_order(name, theirs))
+    op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1), *in_schema_order(name, ours))
+    for key, value in ours.items():
+        if isinstance(value, torch.Tensor) and key != "row":
+            torch.testing.assert_close(value, theirs[key], msg=key)
+
+
+@pytest.mark.parametrize("kind", ["mps", "xpu"])
+def test_devices_of_other_kinds_have_a_name_for_what_serves_them(kind):
+    device = torch.device(kind)
+    assert {ops.implementation(name, device) for name in PLAIN} == {"PyTorch"}
+    assert ops.fallback_reasons(device) == [
+        f"On {kind}, the ops run on PyTorch: fastercache has faster ones for the CPU and for CUDA only."
+    ]
+    assert f"nothing serves packed_push, packed_blend, packed_blend_add on {kind}" in ops.packed_missing(device)
+
+
+def test_the_split_needs_no_float64(monkeypatch):
+    given, expected = arguments("cfg_split"), arguments("cfg_split")
+    ops._split.reference_cfg_split(**expected)
+    monkeypatch.setattr(ops._split, "has_float64", lambda device: False)
+    ops._split.reference_cfg_split(**given)
+    for name in ("low", "high"):
+        torch.testing.assert_close(given[name], expected[name])
