@@ -41,7 +41,7 @@ from bench.model_runs import (
     free,
     measure,
 )
-from fastercache import environment, flops, policies
+from fastercache import environment, flops, ops, policies
 from fastercache.errors import FasterCacheWarning
 from fastercache.systems import SYSTEMS
 
@@ -84,7 +84,7 @@ class Session:
         self.dtype = getattr(torch, args.dtype)
         self.document: dict[str, Any] = {
             "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu", "scale": args.scale, "dtype": args.dtype,
-            "backend": args.backend, "models": {}, "rows": [], "bars": [], "not_measured": [],
+            "backend": args.backend, "blends": args.blends, "models": {}, "rows": [], "bars": [], "not_measured": [],
         }  # fmt: skip
         self.latents: dict[str, torch.Tensor] = {}
 
@@ -194,6 +194,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=None, help="of a run (default: the published number)")
     parser.add_argument("--schedule", choices=("released", "paper"), default="released", help="the preset (default: released, else paper)")
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
+    parser.add_argument("--blends", choices=("op", "plain"), default="op",
+                        help="compiled blends: the op (default), or plain operations, which Inductor may fuse")  # fmt: skip
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything (default 9)")
     parser.add_argument("--least-seconds", type=float, default=20.0, help="nothing begins with less time left (default 20)")
     parser.add_argument("--commit", default=None, help="the commit measured, where git cannot tell")
@@ -211,10 +213,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     faulthandler.dump_traceback_later(60 * args.minutes + 10, exit=True, file=2)
     session = Session(args, end - min(LAST_SECONDS, 6 * args.minutes))
     try:
-        for name in args.models:
-            named = SHORT_NAMES if args.configurations is None and name == "cogvideox-2b" else args.configurations or []
-            session.system(name, [c for c, short in zip(CONFIGURATIONS, SHORT_NAMES, strict=True) if short in named])
-            free()
+        with ops.plain_blends(args.blends == "plain"):
+            for name in args.models:
+                named = SHORT_NAMES if args.configurations is None and name == "cogvideox-2b" else args.configurations or []
+                session.system(name, [c for c, short in zip(CONFIGURATIONS, SHORT_NAMES, strict=True) if short in named])
+                free()
         session.save()
     finally:
         faulthandler.cancel_dump_traceback_later()

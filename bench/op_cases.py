@@ -54,6 +54,16 @@ class Case:
     tolerances: Sequence[float]
     slack: float = 4.0
 
+    @property
+    def served_by(self) -> str:
+        """The op behind `ours`."""
+        return "cfg_reconstruct" if self.op == "cfg_skipped_step" else self.op
+
+    def implementation(self, form: str, device: str) -> str:
+        """What runs in a form, such as "C++" or "PyTorch"."""
+        plain = "Inductor" if form == "inductor" else "PyTorch"
+        return ops.implementation(self.served_by, torch.device(device)) if form == "ours" else plain
+
     def error(self, form: str) -> tuple[float, bool]:
         """The largest error of a form as a share of the largest expected magnitude, and whether it is within tolerance."""
         tensors = self.buffers()

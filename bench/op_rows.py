@@ -40,6 +40,7 @@ def measure(case: Case, device: str, seconds: float, with_inductor: bool = True)
         else:
             notes.append(f"{case.op}, {case.name}: {name} is wrong, by {errors[name]:.3g} of the largest value")
     row: Row = {"op": case.op, "case": case.name, "bytes": case.moved, **dict.fromkeys(TIMES), "max_error": errors.get("ours")}
+    row["served_by"] = case.implementation("ours", device)
     row |= {"correct": "ours" in forms, "p50_us_of": {}}
     if row["correct"]:
         times = time_case(case, device, forms, seconds)

@@ -38,7 +38,8 @@ def cases(device: str, size: float) -> Iterator[Case]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     size = BIG if metafunc.config.getoption("--big") else SMALL
     found = [(device, case, form) for device in DEVICES for case in cases(device, size) for form in case.forms if form != "inductor"]
-    ids = [f"{device}-{case.op}-{case.name}-{form}" for device, case, form in found]
+    shown = {(device, case.op, form): f"{form} in {case.implementation(form, device)}" for device, case, form in found}
+    ids = [f"{device}-{case.op}-{case.name}-{shown[device, case.op, form]}" for device, case, form in found]
     metafunc.parametrize(("device", "case", "form"), found, ids=ids)
 
 
@@ -61,7 +62,7 @@ def test_op(benchmark, device: str, case: Case, form: str) -> None:
         bytes_moved=case.moved,
         buffer_sets=len(sets),
         threads=torch.get_num_threads(),
-        implementation=ops.implementations().get(case.op, {}).get(device) if form == "ours" else "PyTorch",
+        implementation=case.implementation(form, device),
         torch=torch.__version__,
     )
     if benchmark.stats is not None:  # None under --benchmark-disable

@@ -16,9 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.eval_frame import _debug_get_cache_entry_list
-from torch._prims_common import make_contiguous_strides_for
-from torch.utils._pytree import tree_flatten, tree_map_only
 
 from fastercache.errors import CompileError
 from fastercache.integrations import ModelState, first_change, refuse_offloading_inside, state_of
@@ -66,6 +63,8 @@ def _described(value: Any) -> Hashable:
     if isinstance(value, torch.Tensor):
         return value.shape, value.dtype, value.device
     if isinstance(value, (list, tuple, dict)):
+        from torch.utils._pytree import tree_flatten
+
         leaves, structure = tree_flatten(value)
         return str(structure), tuple(map(_described, leaves))
     return repr(value)
@@ -74,7 +73,12 @@ def _described(value: Any) -> Hashable:
 def _in_plain_strides(x: torch.Tensor) -> torch.Tensor:
     """Contiguous, and where a dimension has one element, with the stride it would have in a new tensor: Dynamo guards that, too."""
     x = x.contiguous()
-    return x.as_strided(x.shape, make_contiguous_strides_for(x.shape)) if 1 in x.shape else x
+    if 1 not in x.shape:
+        return x
+    strides = [1]
+    for size in reversed(x.shape[1:]):
+        strides.append(strides[-1] * max(size, 1))
+    return x.as_strided(x.shape, strides[::-1])
 
 
 def _forward(forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -137,6 +141,8 @@ class PhaseGraphs:
         return f"{count} graphs were compiled again during the run: something in the model changed (TORCH_LOGS=recompiles says what)"
 
     def _recompilations(self) -> int:
+        from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
         codes = [graph._torchdynamo_orig_callable.__code__ for graph in self._all()]
         return sum(max(len(_debug_get_cache_entry_list(code)) - 1, 0) for code in codes)
 
@@ -160,6 +166,8 @@ class PhaseGraphs:
         Raises:
             CompileError: the model cannot be traced as one graph; names what torch stumbled on.
         """
+        from torch.utils._pytree import tree_map_only
+
         self._current = graphs
         try:
             if self.options.regional:
@@ -219,6 +227,8 @@ class _BlockGraph:
     def __call__(self, original: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         if not self.graphs.in_step:
             return original(*args, **kwargs)
+        from torch.utils._pytree import tree_map_only
+
         # The first layer often gets a transposed view where the others get what a layer gives: one copy a step saves a graph a phase.
         args, kwargs = tree_map_only(torch.Tensor, _in_plain_strides, (args, kwargs))
         return self.graphs.graph(self.kind)(original, args, kwargs)

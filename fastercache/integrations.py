@@ -8,9 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_map
 
 from fastercache.errors import CompileError
 
@@ -74,6 +71,8 @@ def refuse_offloading_inside(model: nn.Module, modules: Iterable[nn.Module], com
 def empty_like(arguments: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """The arguments of a call, with every tensor replaced by one of its shape and dtype on `device`."""
 
+    from torch.utils._pytree import tree_map
+
     def empty(value: Any) -> Any:
         return torch.empty(value.shape, dtype=value.dtype, device=device) if isinstance(value, torch.Tensor) else value
 
@@ -87,6 +86,9 @@ def on_shapes(model: nn.Module) -> Iterator[torch.device]:
     Hooks are left out, as they would move fake weights into the real parameters. Weights that hooks bring here, from another device, from
     the disk or from another dtype, have stand-ins, and so have quantized ones (torchao), whose products no counter knows.
     """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
     device = torch.device(getattr(model, "device", None) or next(model.parameters()).device)
     if device.type == "meta":  # a model without weights, or one whose weights are offloaded: then its buffers are where it runs
         device = next((tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.device != device), device)

@@ -26,7 +26,8 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ from fastercache.triton_kernels.cfg_reconstruct import (
 )
 from fastercache.triton_kernels.packed import PackedRow
 from fastercache.triton_kernels.ring_blend import (
+    plain_ring_blend,
     reference_ring_blend,
     reference_ring_blend_add,
     triton_ring_blend,
@@ -69,6 +71,7 @@ __all__ = [
     "packed_blend",
     "packed_blend_add",
     "packed_push",
+    "plain_blends",
     "prepare",
     "prepare_cfg_split",
     "ring_blend",
@@ -397,6 +400,23 @@ def ring_push(ring: torch.Tensor, x: torch.Tensor, row: torch.Tensor) -> None:
     _ring_push(ring, x, row)
 
 
+_plain_blends = False
+
+
+@contextmanager
+def plain_blends(on: bool = True) -> Iterator[None]:
+    """Graphs compiled inside blend in plain operations, which Inductor can fuse into what reads the blend, and not in the op.
+
+    For measuring: the op is the default until the other is known to be faster. Packed rings stay with theirs.
+    """
+    global _plain_blends
+    before, _plain_blends = _plain_blends, on
+    try:
+        yield
+    finally:
+        _plain_blends = before
+
+
 def ring_blend(ring: torch.Tensor, row: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """Approximates a site's output from its last computed ones: `sum_k c_k ring[slot_k]` over the row's taps.
 
@@ -417,6 +437,8 @@ def ring_blend(ring: torch.Tensor, row: torch.Tensor, out: torch.Tensor | None =
         ValueError, TypeError, RuntimeError: as in `ring_push`.
     """
     _check_ring(ring, row)
+    if out is None and _plain_blends and torch.compiler.is_compiling():
+        return plain_ring_blend(ring, row)
     if out is None:
         out = ring.new_empty(ring.shape[1:])
     else:

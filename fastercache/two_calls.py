@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._pytree import tree_flatten
 
 from fastercache.errors import RunError
 from fastercache.families import BranchOrder, Family
@@ -134,6 +133,8 @@ class TwoCalls:
 
 def same(one: Any, other: Any) -> bool:
     """Whether two arguments are equal. Tensors of the same memory are known to be; others are compared, which waits for the device."""
+    from torch.utils._pytree import tree_flatten
+
     (ones, structure), (others, other_structure) = tree_flatten(one), tree_flatten(other)
     return structure == other_structure and all(map(_same_leaf, ones, others))
 

@@ -22,6 +22,8 @@ from .helpers import dtypes, few, generator, layouts, make_row, nan, nan_ring, r
 CSRC = Path(__file__).parents[2] / "csrc"
 SOURCES = [CSRC / "cuda" / "ring_push.cu", CSRC / "cuda" / "packed_push.cu"]
 ARCHITECTURES = (75, 80, 90, 100, 120)
+FILLED = {75: 64, 120: 40}
+"""Registers of a thread with which 1024 and 1536 threads, all that a multiprocessor of these takes, still fit."""
 SLOTS = 5
 LAUNCH_FAILURE = 719
 
@@ -110,7 +112,7 @@ def test_registers_suffice(kernels):
     """No kernel takes more registers than its bound, and none puts what it has no register for into memory."""
     for key, kernel in kernels.items():
         bound = next(bound for pattern, bound in REGISTERS.items() if re.fullmatch(pattern, key[1]))
-        assert kernel["registers"] <= bound, (key, kernel)
+        assert kernel["registers"] <= max(bound, FILLED.get(key[0], 0)), (key, kernel)
         assert kernel["memory"] == 0, (key, kernel)
         assert not any(name.startswith(("LDL", "STL")) for name in kernel["instructions"]), (key, kernel)
 
