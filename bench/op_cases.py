@@ -62,7 +62,9 @@ class Case:
     def implementation(self, form: str, device: str) -> str:
         """What runs in a form, such as "C++" or "PyTorch"."""
         plain = "Inductor" if form == "inductor" else "PyTorch"
-        return ops.implementation(self.served_by, torch.device(device)) if form == "ours" else plain
+        if form != "ours" or self.served_by not in ops.implementations():
+            return plain
+        return ops.implementation(self.served_by, torch.device(device))
 
     def error(self, form: str) -> tuple[float, bool]:
         """The largest error of a form as a share of the largest expected magnitude, and whether it is within tolerance."""

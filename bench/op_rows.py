@@ -14,7 +14,7 @@ from bench.timing import percentiles, time_case
 
 Row = dict[str, Any]
 TIMES = ("p20_us", "p50_us", "p80_us", "gbps", "copy_fraction", "vs_eager", "vs_inductor")
-HEADER = ("op", "case", "MB", "p20 (us)", "p50 (us)", "p80 (us)", "GB/s", "of copy", "vs eager", "vs Inductor", "max error")
+HEADER = ("op", "case", "served by", "MB", "p20 (us)", "p50 (us)", "p80 (us)", "GB/s", "of copy", "vs eager", "vs Inductor", "max error")
 
 
 def measure(case: Case, device: str, seconds: float, with_inductor: bool = True) -> tuple[Row, list[str]]:
@@ -77,7 +77,15 @@ def table(rows: Iterable[Row]) -> str:
         times = [shown(key, ".1f") for key in ("p20_us", "p50_us", "p80_us")] + [shown("gbps", ".1f"), shown("copy_fraction", ".2f")]
         ratios = [shown(key, ".2f", "x") for key in ("vs_eager", "vs_inductor")]
         right = "" if row["correct"] else " WRONG"
-        return [row["op"], row["case"], f"{row['bytes'] / 1e6:.1f}", *times, *ratios, shown("max_error", ".1e") + right]
+        return [
+            row["op"],
+            row["case"],
+            row.get("served_by", "-"),
+            f"{row['bytes'] / 1e6:.1f}",
+            *times,
+            *ratios,
+            shown("max_error", ".1e") + right,
+        ]
 
     return report.table(HEADER, map(cells, rows))
 
