@@ -16,6 +16,7 @@ from fastercache.engine import Engine, RunSpec
 from fastercache.errors import CompileError, RunError, UnsupportedModelError
 from fastercache.families import BranchOrder, family_of
 from fastercache.graphs import GraphOptions
+from fastercache.integrations import refuse_others_at_work
 from fastercache.memory import CacheBudget, CacheFormat
 from fastercache.policies import Policy
 from fastercache.report import Summary, combined
@@ -102,15 +103,9 @@ def _install(
     options: GraphOptions | None,
     attention_backend: str | None,
 ) -> Engine:
-    if hasattr(model, "_orig_mod") or any(getattr(part, "_compiled_call_impl", None) is not None for part in model.modules()):
-        raise CompileError(
-            f"{type(getattr(model, '_orig_mod', model)).__name__} is compiled by torch already, and the schedule cannot reach inside its "
-            "graphs; pass the model as it was before torch.compile (for a wrapped model: model._orig_mod)"
-        )
+    refuse_others_at_work(model)
     if hasattr(model, _ENGINE):
         raise CompileError(f"this {type(model).__name__} is compiled by fastercache already; call fastercache.restore first")
-    if getattr(model, "is_cache_enabled", False):
-        raise CompileError(f"this {type(model).__name__} has a diffusers cache enabled; call model.disable_cache() first")
     engine = Engine(model, family_of(model), schedule, default, budget, options)
     if attention_backend is not None:
         try:
@@ -157,11 +152,23 @@ def warmup(target: T, *args: Any, progress: bool = True, **kwargs: Any) -> T:
     engines = _engines(target, warmup)
     if engines[0].graphs is None:
         raise CompileError("there is nothing to warm up: compile with a backend, as in fastercache.compile(pipe, backend='inductor')")
+    if not all(engine.enabled for engine in engines):
+        raise CompileError("fastercache.warmup inside fastercache.disabled would compile nothing; leave that block first")
+    if not pipelines.is_pipeline(target) and not engines[0].knows_its_runs:
+        raise CompileError(
+            "fastercache.warmup would compile nothing: this denoiser does not know how long its runs are; compile it with steps= and cfg=, "
+            "or warm it up inside a block of its own: with fastercache.run(model, steps=..., cfg=...): fastercache.warmup(model, ...)"
+        )
     with Progress(disable=not progress, transient=True) as bar:
         for engine in engines:
             task = bar.add_task("compiling phases", total=None)
             with engine.warming_up(partial(_show, bar, task)):
                 target(*args, **kwargs)  # type: ignore[operator]
+    if not any(engine.warmed_up for engine in engines):
+        raise CompileError(
+            f"fastercache.warmup compiled nothing: the call of this {type(target).__name__} ended before any of its denoiser; give it the "
+            "arguments of the calls to come, at least one step among them"
+        )
     return target
 
 
@@ -190,7 +197,7 @@ def disabled(target: Any) -> Iterator[None]:
 def run(model: nn.Module, *, steps: int, cfg: BranchOrder) -> Iterator[None]:
     """All calls of a compiled denoiser inside are one run of `steps` steps, with guidance laid out as `cfg` says (see `compile`)."""
     spec = _spec(steps, cfg)
-    with _engines(model, run)[0].scope(lambda: spec):
+    with _engines(model, run)[0].scope(lambda: spec, "the block of fastercache.run"):
         yield
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 PROMPTS = ("a red circle moving right", "a green triangle moving down", "a blue triangle moving right", "a yellow circle moving down")
 WARM_UP_STEPS = 6
 """Enough for every policy to reach each of its phases."""
+FILM = (".mp4", ".gif", ".png")
 LOOPS = 4
 """How often a short clip is repeated in the video."""
 
@@ -60,11 +62,13 @@ def generate(pipe: Any, prompt: str, *, steps: int, seed: int, on_step: Callable
         return {}
 
     generator = torch.Generator().manual_seed(seed)
+    if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
+        arguments = {"callback_on_step_end": callback} | arguments
     start = perf_counter()
-    output = pipe(
-        prompt, num_inference_steps=steps, generator=generator, output_type="np", callback_on_step_end=callback, **arguments
-    )  # fmt: skip
-    return np.asarray(output.frames[0]), perf_counter() - start
+    output = pipe(prompt, num_inference_steps=steps, generator=generator, output_type="np", **arguments)
+    seconds = perf_counter() - start
+    # A pipeline for images gives one frame.
+    return np.asarray(output.frames[0] if hasattr(output, "frames") else output.images[:1]), seconds
 
 
 def progress_bars(console: Console) -> Progress:
@@ -118,13 +122,14 @@ def run_demo(
     Returns what `result.json` holds. Seconds cover whole pipeline calls, from the text encoder to the decoder; PSNR, SSIM and the prompt
     score are those of `fastercache.metrics` and `fastercache.shapes.detector`.
     """
-    from fastercache import metrics
+    from fastercache import media, metrics
     from fastercache.shapes.detector import score
 
     console = console or Console(highlight=False)
     for prompt in prompts:
         check_prompt(prompt)
-    out.mkdir(parents=True, exist_ok=True)
+    for name in (*(f"comparison{suffix}" for suffix in FILM), "summary.txt", "result.json"):
+        media.check_writable(out / name)
     pipe = fastercache.compile(shapes.load(dtype), schedule)
     pairs = generate_pairs(
         pipe, prompts, steps=steps, warm_up=warm_up_steps(schedule, steps), seed=seed, console=console,
@@ -166,7 +171,7 @@ def film(stem: Path, pairs: Sequence[Pair], summary: fastercache.Summary) -> Non
     from fastercache import media
 
     video = comparison_of(pairs, summary)
-    for suffix in (".mp4", ".gif", ".png"):
+    for suffix in FILM:
         media.save(stem.with_suffix(suffix), video, loops=LOOPS)
 
 

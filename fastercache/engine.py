@@ -10,10 +10,9 @@ from __future__ import annotations
 import inspect
 import logging
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NoReturn
 
@@ -22,11 +21,11 @@ from torch import nn
 
 from fastercache import flops, ops
 from fastercache.attention import Attention
-from fastercache.errors import CompileError, FasterCacheWarning, RunError, ScheduleError
+from fastercache.errors import CompileError, RunError, ScheduleError, warn
 from fastercache.families import BranchOrder, Family, Site
 from fastercache.gates import Gate, GroupState
 from fastercache.graphs import GraphOptions, Graphs, PhaseGraphs, input_signature
-from fastercache.integrations import modules_of
+from fastercache.integrations import modules_of, refuse_others_at_work
 from fastercache.labels import CallLabels
 from fastercache.memory import Cache, CacheBudget, CachePlan, branch_rows, plan_cache
 from fastercache.patching import ForwardPatch
@@ -44,12 +43,29 @@ class WarmedUp(Exception):
 
 
 @dataclass(frozen=True)
+class Caller:
+    """The pipeline whose call is a run, for messages: its class, which component the denoiser is, and the step count asked for."""
+
+    pipeline: str
+    component: str
+    asked: Any = None
+
+    def without(self, steps: int | str, cfg: str) -> str:
+        """A remedy where the calls are not what the pipeline's own state says: its denoiser counts them itself."""
+        return (
+            f"Without {self.pipeline}, its denoiser counts its calls itself: fastercache.restore(pipe), then "
+            f"fastercache.compile(pipe.{self.component}, steps={steps}, cfg={cfg!r})"
+        )
+
+
+@dataclass(frozen=True)
 class RunSpec:
     """How many steps a run has, how its calls are made of branches, and which of the steps are this model's (from, to; default: all)."""
 
     steps: int
     order: BranchOrder
     part: tuple[int, int] | None = None
+    caller: Caller | None = field(default=None, compare=False)
 
 
 class Engine:
@@ -70,6 +86,8 @@ class Engine:
         self._run: Run | None = None
         self._owner: int | None = None
         self._in_scope = False
+        self._scope = ""
+        self.warmed_up = False
         self._said_uncached = False
         self.on_phase: Callable[[int, int], None] | None = None
         self.sites: list[Site] = family.sites(model)
@@ -123,6 +141,7 @@ class Engine:
 
     def check_model(self) -> str | None:
         """Before a run: `CompileError` if the model is not one that was compiled any more, a note if it is one that costs new graphs."""
+        refuse_others_at_work(self.model)
         modules = modules_of(self.model)
         present = set(map(id, modules))
         for site in self.sites:
@@ -164,8 +183,11 @@ class Engine:
     # ---- runs -----------------------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def scope(self, describe: Callable[[], RunSpec], may_be_idle: bool = False) -> Iterator[None]:
-        """All calls of the model inside belong to one run, whose spec is asked for at the first of them. Without a call, it warns."""
+    def scope(self, describe: Callable[[], RunSpec], what: str, may_be_idle: bool = False) -> Iterator[None]:
+        """All calls of the model inside belong to one run, whose spec is asked for at the first of them. Without a call, it warns.
+
+        what: the scope, for that warning.
+        """
         if self._in_scope:
             where = "this thread" if self._owner == threading.get_ident() else "another thread"
             raise RunError(
@@ -175,8 +197,9 @@ class Engine:
         if not self.enabled:
             yield
             return
+        refuse_others_at_work(self.model)
         self._in_scope, self._owner = True, threading.get_ident()
-        self._run = Run(self, describe)
+        self._run, self._scope = Run(self, describe), what
         try:
             yield
         except BaseException:
@@ -201,13 +224,18 @@ class Engine:
     @contextmanager
     def warming_up(self, on_phase: Callable[[int, int], None]) -> Iterator[None]:
         """The first call of the denoiser inside runs each phase once, after `on_phase(number, phases)`, and ends the block."""
-        last, self.on_phase = self.last, on_phase
+        last, self.on_phase, self.warmed_up = self.last, on_phase, False
         try:
             yield
         except WarmedUp:
-            pass
+            self.warmed_up = True
         finally:
             self.on_phase, self.last = None, last
+
+    @property
+    def knows_its_runs(self) -> bool:
+        """Whether a call that is made now belongs to a run."""
+        return self.default is not None or self._in_scope
 
     @property
     def calls_to_warm_up(self) -> int:
@@ -221,16 +249,16 @@ class Engine:
             return
         if run.plan is None:
             if note is None:
-                self._warn("the run ended without a call of the denoiser that fastercache saw: something replaced its forward since "
-                           "fastercache.compile; call fastercache.restore and compile again")  # fmt: skip
+                if self._model_patch.in_place:
+                    warn(f"{self._scope} made no call of {type(self.model).__name__}, so there was nothing to cache")
+                else:
+                    warn(f"{self._scope} made no call of the denoiser that fastercache saw: something replaced its forward since "
+                         "fastercache.compile; call fastercache.restore and compile again")  # fmt: skip
             return
         self.last = run.summary(note)
         meant = not run.plan.skips_nothing
         if meant and note is None and run.position == len(run.plan.steps) and not self.last.skipped_anything:
-            self._warn(f"schedule {run.plan.schedule.name!r} was meant to skip work, but nothing was skipped")
-
-    def _warn(self, message: str) -> None:
-        warnings.warn(message, FasterCacheWarning, stacklevel=6)
+            warn(f"schedule {run.plan.schedule.name!r} was meant to skip work, but nothing was skipped")
 
     # ---- patched calls ----------------------------------------------------------------------------------------------------------------
 
@@ -263,7 +291,7 @@ class Engine:
         if self.default is None:
             if not self._said_uncached:
                 self._said_uncached = True
-                self._warn(f"{type(self.model).__name__} was called outside a run, so it ran uncached: call its pipeline, enter "
+                warn(f"{type(self.model).__name__} was called outside a run, so it ran uncached: call its pipeline, enter "
                            "fastercache.run(model, steps=..., cfg=...), or compile with steps= and cfg=")  # fmt: skip
             return None
         if run is not None and not run.fits(arguments):
@@ -281,18 +309,25 @@ class Engine:
             self._plans[spec] = self._make_plan(spec)
         plan = self._plans[spec]
         if self._meant_to_skip and plan.skips_nothing:
-            short = f"a run of {spec.steps} steps is too short for it"
-            why = "this run has no guidance" if not plan.guidance and spec.steps >= 6 else short
-            self._warn(f"schedule {plan.schedule.name!r} skips nothing here: {why}; the run gains no speed")
+            why = f"a run of {spec.steps} steps is too short for it"
+            if not plan.guidance and not self._schedule_for(spec.steps, True).skips_nothing:
+                why = "it skips unconditional calls alone, and this run has no guidance"
+            warn(f"schedule {plan.schedule.name!r} skips nothing here: {why}; the run gains no speed")
         return plan
+
+    def _schedule_for(self, steps: int, guidance: bool) -> Schedule:
+        return self.schedule if isinstance(self.schedule, Schedule) else self.schedule(steps, guidance)
 
     def _make_plan(self, spec: RunSpec) -> Plan:
         guidance = spec.order != "none"
-        schedule = self.schedule if isinstance(self.schedule, Schedule) else self.schedule(spec.steps, guidance)
+        schedule = self._schedule_for(spec.steps, guidance)
         if len(schedule) != spec.steps:
+            asked = None if spec.caller is None else spec.caller.asked
+            calls = "" if asked in (None, spec.steps) else f" (its sampler makes as many of num_inference_steps={asked})"
+            set_count = "" if calls else f"set the run's step count to {len(schedule)}, or "
             raise ScheduleError(
-                f"schedule {schedule.name!r} has {len(schedule)} steps, but this run has {spec.steps}; set the run's step count to "
-                f"{len(schedule)}, or compile with a policy, which fits any step count"
+                f"schedule {schedule.name!r} has {len(schedule)} steps, but this run has {spec.steps}{calls}; {set_count}compile with a "
+                f"policy, which fits any step count{f', or with a schedule of {spec.steps} steps' if calls else ''}"
             )
         return make_plan(schedule if spec.part is None else schedule.part(*spec.part), guidance)
 
@@ -308,6 +343,7 @@ class Run:
         self._describe = describe
         self._done: list[PlannedStep] = []
         self._failed: str | None = None
+        self._caller: Caller | None = None
         self._notes: list[str] = []
         self._graphs: dict[tuple[Phase, Branch | None], Graphs] = {}
 
@@ -329,6 +365,7 @@ class Run:
         engine, family = self.engine, self.engine.family
         self._note(engine.check_model())
         spec = self._describe()
+        self._caller = spec.caller
         self._first_key, self.shapes = self._key(arguments), flops.shapes_only(arguments)
         if spec.order in BATCH_ORDER:
             self.two_calls = TwoCalls(self, spec.order)
@@ -370,9 +407,12 @@ class Run:
                 self._begin(arguments)
             assert self.plan is not None
             if self.position >= len(self.plan.steps):
+                steps, caller = len(self.plan.steps), self._caller
                 raise RunError(
-                    f"call {self.position + 1} in a run of {len(self.plan.steps)} steps; a run ends when its pipeline call or its "
-                    "`with fastercache.run(...)` block does"
+                    f"call {self.position + 1} in a run of {steps} steps; a run ends when its `with fastercache.run(...)` block does"
+                    if caller is None
+                    else f"call {self.position + 1} in a run of {steps} steps: {caller.pipeline} samples in several loops, as for long "
+                    f"videos, or calls {caller.component} more often than its num_timesteps says. {caller.without(steps, self.guidance)}"
                 )
             if self._key(arguments) != self._first_key:
                 shape, dtype, device = self._first_key
@@ -381,7 +421,8 @@ class Run:
                     f"step {self.position + 1} has latents {list(now[0])} ({now[1]}, {now[2]}), but the run began with {list(shape)} "
                     f"({dtype}, {device}); guidance and shapes stay the same within a run, so begin a new one"
                 )
-            self.engine.labels.check(self.guidance, None if self.two_calls is None else self.two_calls.branch)
+            remedy = None if self._caller is None else self._caller.without(len(self.plan.steps), "none")
+            self.engine.labels.check(self.guidance, None if self.two_calls is None else self.two_calls.branch, remedy)
             if self.engine.on_phase is not None:
                 self._warm_up(original, arguments, self.engine.on_phase)
             output = self._step(original, arguments, self.position)
@@ -488,7 +529,7 @@ class Run:
         compiled = "" if engine.graphs is None else engine.graphs.describe()
         if self.position < len(self.plan.steps) and note is None:
             notes.append(f"stopped after {self.position} of {len(self.plan.steps)} steps")
-        notes += ops.fallback_reasons()
+        notes += ops.fallback_reasons(device.type)
         forward = type(engine.model).forward.__get__(engine.model)
         plan = self.plan
 

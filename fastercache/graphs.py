@@ -42,6 +42,14 @@ class GraphOptions:
     regional: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.backend, str) and not callable(self.backend):
+            raise CompileError(
+                f"backend is {self.backend!r}; pass a name of torch.compile's, such as 'inductor', a callable, or None for no graphs"
+            )
+        if not isinstance(self.mode, str | None) or not isinstance(self.regional, bool):
+            raise CompileError(
+                f"mode is {self.mode!r} and regional {self.regional!r}; pass mode=None or a name, and regional=True or False"
+            )
         if isinstance(self.backend, str) and self.backend not in torch._dynamo.list_backends(exclude_tags=()):
             raise CompileError(f"backend is {self.backend!r}; torch.compile has {', '.join(torch._dynamo.list_backends())}")
         if self.mode is not None and self.mode not in torch._inductor.list_mode_options():

@@ -71,6 +71,22 @@ def refuse_offloading_inside(model: nn.Module, modules: Iterable[nn.Module], com
                 )
 
 
+def refuse_others_at_work(model: nn.Module) -> None:
+    """`CompileError` if torch has compiled the model, which hides its parts from a schedule, or a cache of diffusers is at work in it."""
+    own = getattr(model, "_orig_mod", model)
+    if own is not model or any(part._compiled_call_impl is not None for part in modules_of(model)):
+        raise CompileError(
+            f"{type(own).__name__} is compiled by torch already, and the schedule cannot reach inside its graphs; compile by fastercache "
+            "instead: fastercache.compile(..., backend='inductor') on the model as it was. For a wrapped model that is model._orig_mod; "
+            "after model.compile() or compile_repeated_blocks(), load it again, or undo them: "
+            "for part in model.modules(): part._compiled_call_impl = None"
+        )
+    if getattr(model, "is_cache_enabled", False):
+        raise CompileError(
+            f"this {type(model).__name__} has a diffusers cache enabled, and two caches exclude each other; call its disable_cache()"
+        )
+
+
 def empty_like(arguments: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """The arguments of a call, with every tensor replaced by one of its shape and dtype on `device`."""
 

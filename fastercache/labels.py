@@ -39,9 +39,13 @@ class CallLabels:
         """Give the model its own `cache_context` back."""
         self._model.__dict__.pop("cache_context", None)
 
-    def check(self, order: BranchOrder, branch: Branch | None) -> None:
-        """`RunError` if the label is not what a run of that order would have; `branch`: the one that this call is to be, of two calls."""
+    def check(self, order: BranchOrder, branch: Branch | None, remedy: str | None = None) -> None:
+        """`RunError` if the label is not what a run of that order would have.
+
+        branch: the one that this call is to be, of two calls. remedy: what a pipeline's user can do, who cannot declare the order.
+        """
         label = self.current
+        remedy = remedy or "Declare the order that it has (cfg=...), and begin a new run"
         if branch is not None:
             wrong, expected = label in ("cond", "uncond", BATCH) and label != branch, repr(branch)
         elif order == "none":
@@ -51,5 +55,5 @@ class CallLabels:
         if wrong:
             raise RunError(
                 f"the pipeline labels this call {label!r}, but with guidance laid out as {order!r} it would be {expected}; the rows of a "
-                "call of one branch are prompts, never branches. Declare the pipeline's own order (cfg=...), and begin a new run"
+                f"call of one branch are prompts, never branches. {remedy}"
             )

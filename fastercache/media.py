@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +11,22 @@ import imageio.v3 as iio
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from fastercache.errors import FasterCacheError
+
 FPS = 8
+H264 = (".mp4", ".mov", ".mkv")
+SUFFIXES = (*H264, ".gif", ".png")
+"""What `save` writes."""
 MARGIN = 24
 GAP = 8
 BACKGROUND, TEXT, MUTED = "#0f1216", "#eceff4", "#8d97a7"
 ACCENT = "#5aa2ff"
 STEP_COLOURS = {"#": (ACCENT, "computed"), "~": ("#f2b33d", "blended"), ".": ("#2b313b", "not run")}
 """Colour and name of each character of a step chart (`Schedule.chart`)."""
+
+
+class OutputError(FasterCacheError, ValueError):
+    """A place that no video can be written to."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +45,38 @@ def to_bytes(clip: np.ndarray) -> np.ndarray:
     return (clip.clip(0, 1) * 255).round().astype(np.uint8)
 
 
+def check_suffix(path: Path) -> None:
+    """`OutputError` if `save` has no format for this name. `ImportError` if the package that writes it is not installed."""
+    if path.suffix.lower() not in SUFFIXES:
+        found = f"{path.suffix} is no format for a video here" if path.suffix else "it has no suffix"
+        raise OutputError(f"cannot write {path}: {found}; end the name in {', '.join(H264)}, .gif, or .png for the middle frame")
+    if path.suffix.lower() in H264:
+        importlib.import_module("av")
+
+
+def check_writable(path: Path) -> None:
+    """`OutputError` if no file can be written at `path`. Makes the folders above it; leaves what is there as it is."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        there = path.exists()
+        with path.open("ab"):
+            pass
+        if not there:
+            path.unlink()
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}; give another place") from error
+
+
 def save(path: Path, frames: np.ndarray, loops: int = 1) -> None:
-    """Write frames `[frames, H, W, 3]` uint8: `.png` is the middle one, `.gif` repeats for ever, anything else is H.264 at 8 Hz.
+    """Write frames `[frames, H, W, 3]` uint8: `.png` is the middle one, `.gif` repeats for ever, the others are H.264 at 8 Hz.
 
     loops: how often the frames are repeated in an H.264 file; an odd last row or column is doubled there.
     """
-    if path.suffix == ".png":
+    check_suffix(path)
+    suffix = path.suffix.lower()
+    if suffix == ".png":
         iio.imwrite(path, frames[len(frames) // 2])
-    elif path.suffix == ".gif":
+    elif suffix == ".gif":
         iio.imwrite(path, frames, duration=1000 / FPS, loop=0)
     else:
         height, width = frames.shape[1:3]

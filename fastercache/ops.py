@@ -136,8 +136,8 @@ def _load(name: str, what: str) -> str | None:
     return None
 
 
-def _register() -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Defines the ops and picks an implementation for each device. Returns the name of each, and the reasons for fallbacks."""
+def _register() -> tuple[dict[str, dict[str, str]], list[tuple[str, str]]]:
+    """Defines the ops and picks an implementation for each device. Returns the name of each, and for fallbacks (device, reason)."""
     for name, op in _OPS.items():
         _library.define(name + op.schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"fastercache::{name}", lambda *args: None, lib=_library)
@@ -163,11 +163,11 @@ def _register() -> tuple[dict[str, dict[str, str]], list[str]]:
         chosen[name] = {"cpu": stand_in if missing["C++"] else "C++", "cuda": on_cuda or stand_in}
     reasons = []
     if missing["C++"]:
-        reasons.append(f"The CPU ops run on PyTorch: {missing['C++']}.")
+        reasons.append(("cpu", f"The CPU ops run on PyTorch: {missing['C++']}."))
     if missing["Triton"]:
-        reasons.append(f"The CUDA ops run on PyTorch: {missing['Triton']}.")
+        reasons.append(("cuda", f"The CUDA ops run on PyTorch: {missing['Triton']}."))
     elif missing["CUDA C++"] and torch.version.cuda:
-        reasons.append(f"On CUDA, ring_push runs on Triton and packed caches are not to be had: {missing['CUDA C++']}.")
+        reasons.append(("cuda", f"On CUDA, ring_push runs on Triton and packed caches are not to be had: {missing['CUDA C++']}."))
     return chosen, reasons
 
 
@@ -193,9 +193,9 @@ def implementations() -> dict[str, dict[str, str]]:
     return {name: dict(chosen) for name, chosen in _CHOSEN.items()}
 
 
-def fallback_reasons() -> list[str]:
-    """Why something slower serves the ops of a device, one sentence for each such device; empty when nothing falls back."""
-    return list(_REASONS)
+def fallback_reasons(device: str | None = None) -> list[str]:
+    """Why something slower serves the ops, a sentence for each device or for the one named; empty when nothing falls back."""
+    return [reason for of, reason in _REASONS if device in (None, of)]
 
 
 def packed_missing(device: torch.device) -> str | None:
@@ -203,7 +203,7 @@ def packed_missing(device: torch.device) -> str | None:
     missing = [name for name, chosen in _CHOSEN.items() if not _OPS[name].fallback and chosen.get(device.type, "none") == "none"]
     if not missing:
         return None
-    return " ".join([f"nothing serves {', '.join(missing)} on {device.type}.", *_REASONS])
+    return " ".join([f"nothing serves {', '.join(missing)} on {device.type}.", *fallback_reasons(device.type)])
 
 
 def map_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -41,6 +41,12 @@ class ForwardPatch:
             return self._original(*args, **kwargs)
         return self._around(self._original, args, kwargs)
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the module's forward still leads here."""
+        own = self._module.__dict__
+        return any(place.get(key) is self._installed for place, key in (forward_slot(self._module), (own, "forward")))
+
     def remove(self) -> None:
         """Put the original back. Where a later hook holds the patch, it stays as a plain call of the original."""
         self._around = None

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from fastercache.engine import Engine, RunSpec
+from fastercache.engine import Caller, Engine, RunSpec
 from fastercache.errors import CompileError, UnsupportedModelError
 from fastercache.families import FAMILIES, class_names
 
@@ -61,11 +61,26 @@ def attach(pipeline: Any, engines: Mapping[str, Engine]) -> None:
                     name = f"{original.__name__}.{component}"
                     raise CompileError(f"{name} was replaced after fastercache.compile; call fastercache.restore and compile again")
                 describe = functools.partial(_spec_of, self, component, engine, given.arguments, len(engines) > 1)
-                scopes.enter_context(engine.scope(describe, may_be_idle=len(engines) > 1))
+                what = f"{original.__name__}'s call with num_inference_steps={given.arguments.get('num_inference_steps')}"
+                scopes.enter_context(engine.scope(describe, what, may_be_idle=len(engines) > 1))
             self._num_timesteps = None
             return original.__call__(self, *args, **kwargs)
 
-    namespace = {"__call__": call, "__module__": original.__module__, "__doc__": original.__doc__}
+    def refuse_pickling(self: Any, protocol: Any) -> Any:
+        raise CompileError("a compiled pipeline cannot be pickled; call fastercache.restore first, or use save_pretrained")
+
+    def copied(self: Any) -> Any:
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def refuse_deep_copy(self: Any, memo: Any) -> Any:
+        raise CompileError("a compiled pipeline cannot be copied: the copy would share its caches; call fastercache.restore first")
+
+    namespace = {
+        "__call__": call, "__module__": original.__module__, "__doc__": original.__doc__,
+        "__reduce_ex__": refuse_pickling, "__copy__": copied, "__deepcopy__": refuse_deep_copy,
+    }  # fmt: skip
     pipeline.__class__ = type(original.__name__, (original,), namespace)
 
 
@@ -84,4 +99,5 @@ def _spec_of(pipeline: Any, component: str, engine: Engine, call: Mapping[str, A
         boundary = pipeline.config.boundary_ratio * pipeline.scheduler.config.num_train_timesteps
         first = int((pipeline.scheduler.timesteps >= boundary).sum())
         part = (0, first) if component == EXPERTS[0] else (first, steps)
-    return RunSpec(steps, engine.family.order_in(pipeline, call, engine.labels.current), part)
+    caller = Caller(type(pipeline).__name__, component, call.get("num_inference_steps"))
+    return RunSpec(steps, engine.family.order_in(pipeline, call, engine.labels.current), part, caller)

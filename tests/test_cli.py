@@ -10,7 +10,8 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from fastercache import Schedule, demo, ops, policies
+import fastercache
+from fastercache import Schedule, Step, demo, ops, policies, shapes
 from fastercache.cli import app
 
 PROMPT = "a red circle moving right"
@@ -95,6 +96,25 @@ def test_inspect_mistakes(tmp_path):
     assert "is not JSON" in error_of("inspect", broken)
 
 
+@pytest.mark.parametrize("words", [("inspect", "wide.json"), ("inspect", "--help"), ("sample", "--help"), ("info",)])
+def test_no_name_is_cut_at_80_columns(tmp_path, monkeypatch, words):
+    selectors = ("spatial[0:28]", "temporal[0:28]", "mlp[14:43]", "joint[100:200]")
+    steps = (Step(), Step(), Step(reuse=selectors, taps=(1.0,)))
+    Schedule(steps, name="a name of more than forty characters, as people give them").to_json(tmp_path / "wide.json")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    output = run(*words).stdout
+    assert "…" not in output
+    if words[-1] == "wide.json":
+        assert ", ".join(selectors) in output and "as people give them, 3 steps" in output
+    if words == ("inspect", "--help"):
+        assert all(name in output for name in policies.PRESETS)
+
+
+def test_version():
+    assert run("--version").stdout == f"fastercache {fastercache.__version__}\n"
+
+
 # ---- info -----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -103,6 +123,13 @@ def test_info():
     assert result.exit_code == 0
     for word in ("fastercache", "torch", "triton", "diffusers", "cpu", "ring_blend", "cfg_split"):
         assert word in result.stdout
+
+
+def test_info_json():
+    document = json.loads(run("info", "--json").stdout)
+    assert document["versions"]["torch"] == torch.__version__
+    assert document["ops"] == ops.implementations() and document["notes"] == ops.fallback_reasons()
+    assert document["machine"]["cores"] >= 1
 
 
 # ---- demo -----------------------------------------------------------------------------------------------------------------------------
@@ -174,3 +201,91 @@ def test_sample_mistakes(tmp_path):
     line = error_of("sample", tmp_path, "--prompt", PROMPT, "--out", tmp_path / "x.mp4")
     assert str(tmp_path) in line and "save_pretrained" in line
     assert "unknown policy" in error_of("sample", "shapes", "--prompt", PROMPT, "--schedule", "fast")
+
+
+def test_sample_as_json(tmp_path):
+    out = tmp_path / "clip.gif"
+    result = run("sample", "shapes", "--prompt", PROMPT, "--steps", 4, "--out", out, "--json")
+    found = json.loads(result.stdout)
+    assert (found["video"], found["frames"], found["height"], found["width"]) == (str(out), 8, 64, 64)
+    assert found["summary"]["steps_done"] == 4 and found["summary"]["schedule"] == "paper" and found["seconds"] > 0
+    result = run("sample", "shapes", "--prompt", PROMPT, "--steps", 4, "--out", out, "--json", "--compare")
+    assert {"uncached_seconds", "psnr_db"} < set(json.loads(result.stdout))
+
+
+def test_a_directory_is_sampled_as_its_weights_were_made(tmp_path):
+    """LattePipeline's own defaults are 16 frames of 512 x 512."""
+    result = run("sample", shapes.PIPELINE, "--prompt", PROMPT, "--steps", 1, "--out", tmp_path / "clip.gif")
+    assert "8 frames of 64 x 64" in result.stdout
+
+
+@pytest.fixture
+def unloaded(monkeypatch):
+    """Whoever comes as far as loading a pipeline has not looked first."""
+
+    def load(*_, **__):
+        raise AssertionError("a pipeline was loaded")
+
+    monkeypatch.setattr(shapes, "load_pipeline", load)
+
+
+@pytest.mark.usefixtures("unloaded")
+class TestWhatIsNoticedBeforeAnythingIsLoaded:
+    @pytest.mark.parametrize("name", ["clip.webp", "clip", "clip.mp5"])
+    def test_a_suffix(self, tmp_path, name):
+        line = error_of("sample", "shapes", "--prompt", PROMPT, "--out", tmp_path / name)
+        assert name in line and ".mp4, .mov, .mkv, .gif, or .png" in line
+
+    @pytest.mark.parametrize("name", ["file/clip.mp4", "folder.mp4", "a" * 300 + ".mp4"])
+    def test_a_place_that_cannot_be_written(self, tmp_path, name):
+        (tmp_path / "file").touch()
+        (tmp_path / "folder.mp4").mkdir()
+        assert "give another place" in error_of("sample", "shapes", "--prompt", PROMPT, "--out", tmp_path / name)
+
+    def test_a_place_for_the_demo(self, tmp_path):
+        (tmp_path / "result.json").mkdir()
+        assert "result.json" in error_of("demo", "--prompt", PROMPT, "--out", tmp_path)
+        (tmp_path / "file").touch()
+        assert "give another place" in error_of("demo", "--prompt", PROMPT, "--out", tmp_path / "file")
+
+    @pytest.mark.parametrize(
+        ("option", "value", "remedy"),
+        [
+            ("--max-cache-gb", "inf", "leave the option out"),
+            ("--max-cache-gb", "nan", "leave the option out"),
+            ("--seed", "12345678901234567890", "from 0 to 9223372036854775807"),
+            ("--seed", "-1", "from 0 to"),
+            ("--guidance", "nan", "give a number"),
+        ],
+    )
+    def test_a_number(self, option, value, remedy):
+        line = error_of("sample", "shapes", "--prompt", PROMPT, option, value)
+        assert f"{option} {value}" in line and remedy in line
+
+    def test_steps_beyond_any_sampler(self):
+        result = run("sample", "shapes", "--prompt", PROMPT, "--steps", 10**9)
+        assert result.exit_code == 2 and "--steps" in result.stderr
+
+    def test_a_prompt_that_shapes_has_not_learnt(self):
+        assert "zebra" in error_of("sample", "shapes", "--prompt", "a zebra moving right")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "reason"), [("height", 63, "divisible by 8"), ("frames", 9, "tensor a (9)"), ("steps", 2000, "1000")]
+)
+def test_sizes_that_the_pipeline_refuses(tmp_path, option, value, reason):
+    result = run("sample", "shapes", "--prompt", PROMPT, "--steps", 2, f"--{option}", value, "--out", tmp_path / "clip.gif")
+    line = result.stderr.splitlines()[-1]
+    assert result.exit_code == 2 and f"{option} {value}" in line and reason in line
+
+
+def test_a_name_on_the_hub_needs_download(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    line = error_of("sample", "nobody/nothing", "--prompt", PROMPT, "--out", tmp_path / "clip.gif")
+    assert "nobody/nothing" in line and "add --download" in line
+
+
+def test_a_warning_is_one_line(tmp_path):
+    result = run("sample", "shapes", "--prompt", PROMPT, "--steps", 2, "--schedule", "dynamic-only", "--out", tmp_path / "clip.gif")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("warning: schedule 'dynamic-only' skips nothing here")

@@ -1,10 +1,13 @@
 """The world, its detector, and that training resumes where it stopped."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from fastercache import shapes
 from fastercache.shapes.detector import score, sight
 from fastercache.shapes.train import LatentSpace, Stage
 from fastercache.shapes.world import COLOURS, DIRECTIONS, FRAMES, SCENES, SHAPES, SIZE, Scene, sample_clips
@@ -85,3 +88,20 @@ def test_training_resumes_as_if_never_stopped(tmp_path):
         train(tmp_path / "broken", stop_at=5)
     resumed = train(tmp_path / "broken")
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+def test_the_pipeline_makes_what_it_was_trained_for_by_default(tmp_path):
+    pipe = shapes.load()
+    pipe.set_progress_bar_config(disable=True)
+
+    def clip(pipe, **given):
+        return pipe(
+            "a red circle moving right", generator=torch.Generator().manual_seed(0), num_inference_steps=2, output_type="np", **given
+        )
+
+    by_default = clip(pipe).frames
+    assert by_default.shape == (1, FRAMES, SIZE, SIZE, 3)
+    assert np.array_equal(by_default, clip(pipe, **shapes.CALL, guidance_scale=shapes.GUIDANCE_SCALE).frames)
+    assert pickle.loads(pickle.dumps(pipe)).__class__ is type(pipe)
+    pipe.save_pretrained(tmp_path)
+    assert type(shapes.load_pipeline(tmp_path, torch.float32)).__name__ == "LattePipeline"

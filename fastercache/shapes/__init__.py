@@ -18,14 +18,18 @@ if TYPE_CHECKING:
 PIPELINE = Path(__file__).parent / "pipeline"
 """The diffusers directory of the pipeline."""
 CALL: dict[str, Any] = dict(height=SIZE, width=SIZE, video_length=FRAMES, clean_caption=False)
-"""Arguments of every call of the pipeline: `pipe(prompt, **CALL, guidance_scale=GUIDANCE_SCALE, num_inference_steps=STEPS)`."""
+"""What the pipeline was trained for; with `GUIDANCE_SCALE` and `STEPS` the defaults of a call of what `load` gives."""
 GUIDANCE_SCALE = 4.0
 STEPS = 50
 
 
 def load(dtype: torch.dtype = torch.float32) -> LattePipeline:
-    """The embedded pipeline on the CPU, loaded without a sound. Needs the packages of `fastercache[demo]`."""
-    return load_pipeline(PIPELINE, dtype)
+    """The embedded pipeline on the CPU, loaded without a sound: `pipe(prompt)` makes a clip. Needs the packages of `fastercache[demo]`."""
+    pipe = load_pipeline(PIPELINE, dtype)
+    from fastercache.shapes.text_to_video import ShapesPipeline
+
+    pipe.__class__ = ShapesPipeline
+    return pipe
 
 
 def load_pipeline(source: str | Path, dtype: torch.dtype, *, download: bool = False) -> Any:
