@@ -301,7 +301,7 @@ def _check_source(pipeline: str, download: bool) -> None:
     if pipeline == "shapes" or download or _is_directory(pipeline):
         return
     if Path(pipeline).exists() or not re.fullmatch(HUB_NAME, pipeline):
-        _fail(f"{pipeline} is not a pipeline directory (no model_index.json in it); give one that save_pretrained wrote, or 'shapes'")
+        _fail(f"{pipeline!r} is not a pipeline directory (no model_index.json in it); give one that save_pretrained wrote, or 'shapes'")
 
 
 def _load(pipeline: str, dtype: torch.dtype, download: bool) -> Any:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 import warnings
 from functools import partial
 
@@ -319,3 +322,21 @@ class TestWarmup:
         fastercache.compile(pipe, backend="eager", regional=True)
         fastercache.warmup(pipe, PROMPT, progress=False)
         assert "no run has ended" in str(fastercache.summary(pipe))
+
+
+def test_a_summary_of_the_cpu_has_no_notes_on_other_devices():
+    """Where Triton is missing, the ops of a GPU fall back, which is nothing to a run on the CPU."""
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch, fastercache
+from fastercache import ops
+from models import latte, arguments
+assert any("CUDA" in reason for reason in ops.fallback_reasons()), ops.fallback_reasons()
+model = fastercache.compile(latte(), steps=1, cfg="none")
+with torch.no_grad():
+    model(**arguments(model, 1))
+summary = fastercache.summary(model)
+assert summary.steps_done == 1 and not any("CUDA" in note for note in summary.notes), summary.notes
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
