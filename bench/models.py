@@ -147,7 +147,7 @@ class Session:
             return
         meta = published.build(name, args.scale)
         sites = case.family.sites(meta[0])
-        counted = flops.count_run(meta[0], meta[0].forward, case.family, sites, case.plan, case.order, meta[1])
+        counted = flops.count_run(meta[0], case.family, sites, case.plan, case.order, meta[1])
         about: dict[str, Any] = {
             "video": SYSTEMS[name].video if args.scale == "published" else "small", "steps": steps, "schedule": schedule,
             "chart": case.schedule.chart(), "part_steps": len(case.part), "attention": [], "attention_note": attention_note(case),

@@ -34,6 +34,7 @@ from fastercache.plan import Branch, Phase, Plan, PlannedStep, group_of, make_pl
 from fastercache.policies import Policy
 from fastercache.report import Summary, count_sites
 from fastercache.schedule import Schedule
+from fastercache.skeleton import on_meta
 from fastercache.two_calls import BATCH_ORDER, TwoCalls, joined
 
 logger = logging.getLogger("fastercache")
@@ -329,7 +330,7 @@ class Run:
         engine, family = self.engine, self.engine.family
         self._note(engine.check_model())
         spec = self._describe()
-        self._first_key, self.shapes = self._key(arguments), flops.shapes_only(arguments)
+        self._first_key, self.shapes = self._key(arguments), on_meta(arguments)
         if spec.order in BATCH_ORDER:
             self.two_calls = TwoCalls(self, spec.order)
             arguments = joined(family, arguments)
@@ -341,7 +342,8 @@ class Run:
                 "every prompt; pass an even batch, or cfg='none' for a model without guidance"
             )
         plan = engine.plan_for(spec)
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else family.dtype(engine.model, arguments)
+        self.autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        dtype = self.autocast or family.dtype(engine.model, arguments)
         self.planned, note = engine.budget.choose(partial(plan_cache, family, engine.model, engine.sites, plan, arguments, dtype), device)
         self._note(note)
         if note:
@@ -489,12 +491,11 @@ class Run:
         if self.position < len(self.plan.steps) and note is None:
             notes.append(f"stopped after {self.position} of {len(self.plan.steps)} steps")
         notes += ops.fallback_reasons()
-        forward = type(engine.model).forward.__get__(engine.model)
         plan = self.plan
 
         def count() -> flops.RunFlops:
             with engine.attention.natively():  # the operations of other kernels are not known to torch's counter
-                return flops.count_run(engine.model, forward, engine.family, engine.sites, plan, self.guidance, self.shapes)
+                return flops.count_run(engine.model, engine.family, engine.sites, plan, self.guidance, self.shapes, self.autocast)
 
         return Summary(
             model=type(engine.model).__name__, family=engine.family.name, schedule=self.plan.schedule.name, guidance=self.guidance,

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_map
 
 from fastercache.errors import CompileError
 
@@ -71,49 +67,10 @@ def refuse_offloading_inside(model: nn.Module, modules: Iterable[nn.Module], com
                 )
 
 
-def empty_like(arguments: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The arguments of a call, with every tensor replaced by one of its shape and dtype on `device`."""
-
-    def empty(value: Any) -> Any:
-        return torch.empty(value.shape, dtype=value.dtype, device=device) if isinstance(value, torch.Tensor) else value
-
-    return tree_map(empty, dict(arguments))
-
-
-@contextmanager
-def on_shapes(model: nn.Module) -> Iterator[torch.device]:
-    """Calls inside run on shapes alone, with nothing computed; gives the device for their inputs.
-
-    Hooks are left out, as they would move fake weights into the real parameters. Weights that hooks bring here, from another device, from
-    the disk or from another dtype, have stand-ins, and so have quantized ones (torchao), whose products no counter knows.
-    """
-    device = torch.device(getattr(model, "device", None) or next(model.parameters()).device)
-    if device.type == "meta":  # a model without weights, or one whose weights are offloaded: then its buffers are where it runs
-        device = next((tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.device != device), device)
-    hooked, replaced = [], []
-    for module in model.modules():
-        place, key = forward_slot(module)
-        if place is not module.__dict__ or key != "forward":
-            hooked.append((module, module.__dict__["forward"]))
-            module.__dict__["forward"] = place[key]
-        casting = _diffusers_hooks(module).get("layerwise_casting")
-        for store in _stores(module):
-            for name, tensor in store.items():
-                if tensor is None:
-                    continue
-                dtype = casting.compute_dtype if casting is not None and tensor.is_floating_point() else tensor.dtype
-                if (tensor.device, tensor.dtype) != (device, dtype) or is_traceable_wrapper_subclass(tensor):
-                    replaced.append((store, name, tensor, dtype))
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            for store, name, tensor, dtype in replaced:
-                store[name] = torch.empty(tensor.shape, dtype=dtype, device=device)
-            yield device
-    finally:
-        for module, forward in hooked:
-            module.__dict__["forward"] = forward
-        for store, name, tensor, _ in replaced:
-            store[name] = tensor
+def compute_dtype(module: nn.Module) -> Callable[[torch.Tensor], torch.dtype]:
+    """What a weight's dtype is while the module runs: diffusers' layerwise casting keeps it in another."""
+    casting = _diffusers_hooks(module).get("layerwise_casting")
+    return lambda tensor: casting.compute_dtype if casting is not None and tensor.is_floating_point() else tensor.dtype
 
 
 def state_of(modules: Iterable[nn.Module]) -> ModelState:
@@ -123,7 +80,7 @@ def state_of(modules: Iterable[nn.Module]) -> ModelState:
 
 def _own_state(module: nn.Module) -> tuple:
     state: list[Any] = [type(module), _adapters(module)]
-    for store in _stores(module):
+    for store in stores_of(module):
         if store:
             state += [
                 (name, type(tensor), tensor.dtype, tensor.shape, tensor.requires_grad)
@@ -133,7 +90,7 @@ def _own_state(module: nn.Module) -> tuple:
     return tuple(state)
 
 
-def _stores(module: nn.Module) -> Sequence[dict[str, Any]]:
+def stores_of(module: nn.Module) -> Sequence[dict[str, Any]]:
     """Where a module's own parameters and buffers are, by name."""
     return module._parameters, module._buffers
 

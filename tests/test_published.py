@@ -20,7 +20,7 @@ def test_operations_sites_and_parameters_of_the_published_models(system):
     (model, arguments), (described, plan) = build(system), plan_of(preset)
     family = family_of(model)
     sites = family.sites(model)
-    counted = flops.count_run(model, model.forward, family, sites, plan, family.order, arguments)
+    counted = flops.count_run(model, family, sites, plan, family.order, arguments)
     if preset in TFLOPS:
         assert (counted.uncached / 1e12, counted.cached / 1e12) == pytest.approx(TFLOPS[preset], rel=0.02)
     described_flops = 2 * described.uncached_macs(plan), 2 * described.cached_macs(plan)

@@ -12,7 +12,7 @@ from torch import nn
 
 from fastercache.errors import UnsupportedModelError
 from fastercache.families.base import BranchOrder, Family, Site
-from fastercache.integrations import empty_like, on_shapes
+from fastercache.skeleton import on_shapes
 
 CROSS_ATTENTION = ("attn2", "cross_attn", "cross_attention")
 """Names under which diffusers' blocks keep the attention to the text, where its class does not tell."""
@@ -104,18 +104,17 @@ class Generic(Family):
             shapes.setdefault(path, []).append(tuple(tensor.shape for tensor in (output if isinstance(output, tuple) else (output,))))
 
         sites = self.sites(model)
-        handles = [site.module.register_forward_hook(lambda _, __, output, path=site.path: keep(path, output)) for site in sites]
         try:
-            with on_shapes(model) as device, torch.no_grad():
-                keep("", self.prediction(type(model).forward(model, **empty_like(arguments, device))))
+            with on_shapes(model) as (hollow, shapes_of), torch.no_grad():
+                for site in sites:
+                    module = hollow.get_submodule(site.path)
+                    module.register_forward_hook(lambda _, __, output, path=site.path: keep(path, output))
+                keep("", self.prediction(hollow(**shapes_of(arguments))))
         except Exception as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise UnsupportedModelError(
                 f"{type(model).__name__} is of no known family, and it cannot be called on shapes alone ({reason[0]})"
             ) from error
-        finally:
-            for handle in handles:
-                handle.remove()
         idle = [site.path for site in sites if site.path not in shapes]
         if idle:
             raise UnsupportedModelError(f"{type(model).__name__} did not run {idle[0]} in this call; a site must run in every one")
