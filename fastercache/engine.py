@@ -35,7 +35,7 @@ from fastercache.policies import Policy
 from fastercache.report import Summary, count_sites
 from fastercache.schedule import Schedule
 from fastercache.skeleton import on_meta
-from fastercache.two_calls import BATCH_ORDER, TwoCalls, joined
+from fastercache.two_calls import BATCH_ORDER, BothCalls, TwoCalls
 
 logger = logging.getLogger("fastercache")
 
@@ -46,11 +46,15 @@ class WarmedUp(Exception):
 
 @dataclass(frozen=True)
 class RunSpec:
-    """How many steps a run has, how its calls are made of branches, and which of the steps are this model's (from, to; default: all)."""
+    """How many steps a run has, how its calls are made of branches, and which of the steps are this model's (from, to; default: all).
+
+    frames: latent frames of the whole video, where a pipeline tells.
+    """
 
     steps: int
     order: BranchOrder
     part: tuple[int, int] | None = None
+    frames: int | None = None
 
 
 class Engine:
@@ -281,11 +285,18 @@ class Engine:
         if spec not in self._plans:
             self._plans[spec] = self._make_plan(spec)
         plan = self._plans[spec]
-        if self._meant_to_skip and plan.skips_nothing:
+        if self._meant_to_skip and plan.skips_nothing and self._others_skip_nothing(spec):
             short = f"a run of {spec.steps} steps is too short for it"
             why = "this run has no guidance" if not plan.guidance and spec.steps >= 6 else short
             self._warn(f"schedule {plan.schedule.name!r} skips nothing here: {why}; the run gains no speed")
         return plan
+
+    def _others_skip_nothing(self, spec: RunSpec) -> bool:
+        """Whether the models that share a run's steps with this one skip nothing either."""
+        if spec.part is None:
+            return True
+        others = [(start, stop) for start, stop in ((0, spec.part[0]), (spec.part[1], spec.steps)) if start < stop]
+        return all(self._make_plan(replace(spec, part=part)).skips_nothing for part in others)
 
     def _make_plan(self, spec: RunSpec) -> Plan:
         guidance = spec.order != "none"
@@ -331,20 +342,22 @@ class Run:
         self._note(engine.check_model())
         spec = self._describe()
         self._first_key, self.shapes = self._key(arguments), on_meta(arguments)
-        if spec.order in BATCH_ORDER:
-            self.two_calls = TwoCalls(self, spec.order)
-            arguments = joined(family, arguments)
-        order = BATCH_ORDER.get(spec.order, spec.order)
+        self._check_frames(spec, family.latents(arguments))
+        order, shapes = BATCH_ORDER.get(spec.order, spec.order), family
         batch, device = family.latents(arguments).shape[0], self._first_key[2]
+        if spec.order in BATCH_ORDER:
+            self.two_calls, shapes, batch = TwoCalls(self, spec.order), BothCalls(family), 2 * batch
         if spec.order != "none" and batch % 2:
             raise RunError(
                 f"a batch of {batch} cannot be split in two branches: with guidance ({spec.order}) a call holds one row of each branch for "
                 "every prompt; pass an even batch, or cfg='none' for a model without guidance"
             )
         plan = engine.plan_for(spec)
+        if self.two_calls is None and any(step.rebuild for step in plan.steps):
+            family.narrow(arguments, batch, branch_rows(batch, order, ("cond",)))  # what cannot be split is said now
         self.autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         dtype = self.autocast or family.dtype(engine.model, arguments)
-        self.planned, note = engine.budget.choose(partial(plan_cache, family, engine.model, engine.sites, plan, arguments, dtype), device)
+        self.planned, note = engine.budget.choose(partial(plan_cache, shapes, engine.model, engine.sites, plan, arguments, dtype), device)
         self._note(note)
         if note:
             logger.info(note)
@@ -355,6 +368,18 @@ class Run:
         engine.open_gates(plan, self.cache, self.groups)
         self.attention = engine.attention.backends
         self.order, self.batch, self.guidance, self.plan = order, batch, spec.order, plan
+
+    def _check_frames(self, spec: RunSpec, latents: torch.Tensor) -> None:
+        """`RunError` for a pipeline that samples a video in several loops, each of as many calls as a run has."""
+        channels = getattr(getattr(self.engine.model, "config", None), "in_channels", None)
+        if spec.frames is None or latents.dim() != 5 or channels not in latents.shape[1:3]:
+            return
+        frames = latents.shape[2 if latents.shape[1] == channels else 1]
+        if frames < spec.frames:
+            raise RunError(
+                f"the video has {spec.frames} latent frames, but this call {frames}: the pipeline samples it in several loops, and a call "
+                "of a pipeline is one run of the schedule; ask for fewer frames, or run inside fastercache.disabled"
+            )
 
     def call(self, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """One step: run the branches that the plan names and give back what the untouched model would, rows of both branches included."""
@@ -374,7 +399,7 @@ class Run:
             if self.position >= len(self.plan.steps):
                 raise RunError(
                     f"call {self.position + 1} in a run of {len(self.plan.steps)} steps; a run ends when its pipeline call or its "
-                    "`with fastercache.run(...)` block does"
+                    "`with fastercache.run(...)` block does, and a pipeline that samples in several loops is not supported"
                 )
             if self._key(arguments) != self._first_key:
                 shape, dtype, device = self._first_key

@@ -163,7 +163,13 @@ class PhaseGraphs:
         self._current = graphs
         try:
             if self.options.regional:
-                return forward(**arguments)
+                output = forward(**arguments)
+                if not graphs:
+                    raise CompileError(
+                        f"regional=True compiles nothing here: {type(self.model).__name__} runs the parts of its "
+                        f"{type(self._compiled[0]).__name__} blocks without the blocks' own forward; pass regional=False"
+                    )
+                return output
             if not self.options.cuda_graphs:
                 return self.graph(None)(forward, (), arguments)
             # The next replay overwrites this one's outputs, which a sampler may keep for its next step.

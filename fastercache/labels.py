@@ -13,6 +13,8 @@ from fastercache.families import BranchOrder
 from fastercache.plan import Branch
 
 BATCH = "cond_uncond"
+GUIDERS = {"pred_cond": "cond", "pred_uncond": "uncond"}
+"""What diffusers' guiders call the branches."""
 
 
 class CallLabels:
@@ -28,7 +30,7 @@ class CallLabels:
     @contextmanager
     def _context(self, name: str, **where: Any) -> Iterator[None]:
         assert self._original is not None
-        self.current, before = name, self.current
+        self.current, before = GUIDERS.get(name, name), self.current
         try:
             with self._original(name, **where):
                 yield
@@ -42,6 +44,11 @@ class CallLabels:
     def check(self, order: BranchOrder, branch: Branch | None) -> None:
         """`RunError` if the label is not what a run of that order would have; `branch`: the one that this call is to be, of two calls."""
         label = self.current
+        if label not in ("cond", "uncond", BATCH, None):
+            raise RunError(
+                f"the pipeline labels this call {label!r}, which is neither the conditional nor the unconditional branch: guidance by a "
+                "third one is not supported; switch that kind of guidance off, or run inside fastercache.disabled"
+            )
         if branch is not None:
             wrong, expected = label in ("cond", "uncond", BATCH) and label != branch, repr(branch)
         elif order == "none":

@@ -84,4 +84,10 @@ def _spec_of(pipeline: Any, component: str, engine: Engine, call: Mapping[str, A
         boundary = pipeline.config.boundary_ratio * pipeline.scheduler.config.num_train_timesteps
         first = int((pipeline.scheduler.timesteps >= boundary).sum())
         part = (0, first) if component == EXPERTS[0] else (first, steps)
-    return RunSpec(steps, engine.family.order_in(pipeline, call, engine.labels.current), part)
+    return RunSpec(steps, engine.family.order_in(pipeline, call, engine.labels.current), part, _latent_frames(pipeline, call))
+
+
+def _latent_frames(pipeline: Any, call: Mapping[str, Any]) -> int | None:
+    """Latent frames of the video that a call asks for."""
+    frames, ratio = call.get("num_frames"), getattr(pipeline, "vae_scale_factor_temporal", None)
+    return (frames - 1) // ratio + 1 if isinstance(frames, int) and isinstance(ratio, int) else None

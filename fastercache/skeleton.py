@@ -165,7 +165,8 @@ class _Values(TorchDispatchMode):
         values = tensors if func in LIFTS else [self._value(tensor) for tensor in tensors]
         known = None not in values and torch.Tag.nondeterministic_seeded not in func.tags
         if func is torch.ops.aten._local_scalar_dense.default and known:
-            return values[0].item()  # type: ignore[union-attr]
+            with _disable_current_modes():
+                return values[0].item()  # type: ignore[union-attr]
         output = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, torch.Tensor)]
         if known and all(tensor.numel() <= MOST_KNOWN for tensor in outputs):
@@ -228,12 +229,10 @@ def _cached_functions() -> list[Any]:
 
 
 def _contents(cached: Any) -> list[Any]:
-    """Keys and values of a cache, as the collector sees them."""
-    contents = []
-    for entries in gc.get_referents(cached):
-        if type(entries) is dict and entries is not vars(cached):
-            for key, value in entries.items():
-                contents += [key, *(gc.get_referents(value) if type(value).__name__ == "_lru_list_elem" else [value])]
+    """Keys and values of a cache, as the collector sees them: in a dictionary, or where the size is limited beside it."""
+    contents: list[Any] = []
+    for entry in gc.get_referents(cached):
+        contents += [one for pair in entry.items() for one in pair] if type(entry) is dict else [entry]
     return contents
 
 

@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from fastercache.errors import RunError
-from fastercache.families import BranchOrder, Family
+from fastercache.families import BranchOrder, Family, Site
 from fastercache.memory import branch_rows
-from fastercache.plan import Branch, PlannedStep
+from fastercache.plan import Branch, PlannedStep, group_of
 
 if TYPE_CHECKING:
     from fastercache.engine import Run
@@ -23,14 +24,21 @@ BATCH_ORDER: dict[BranchOrder, BranchOrder] = {"cond-then-uncond": "cond-first",
 """The order of two calls -> the order of the two halves in the caches."""
 
 
-def joined(family: Family, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The shapes of one call that would run both branches, on the meta device: what the caches are planned from."""
-    whole = dict(arguments)
-    for name in family.batched_in(arguments):
-        value = arguments.get(name)
-        if isinstance(value, torch.Tensor) and value.dim() > 0:
-            whole[name] = torch.empty((2 * len(value), *value.shape[1:]), dtype=value.dtype, device="meta")
-    return whole
+class BothCalls:
+    """The shapes of two calls together, each half of them one call's: what the caches are planned from."""
+
+    def __init__(self, family: Family):
+        self.family = family
+
+    def site_shapes(self, model: nn.Module, site: Site, arguments: Mapping[str, Any]) -> tuple[torch.Size, ...]:
+        return tuple(map(_twice, self.family.site_shapes(model, site, arguments)))
+
+    def prediction_shape(self, model: nn.Module, arguments: Mapping[str, Any]) -> torch.Size:
+        return _twice(self.family.prediction_shape(model, arguments))
+
+
+def _twice(shape: torch.Size) -> torch.Size:
+    return torch.Size((2 * shape[0], *shape[1:]))
 
 
 class TwoCalls:
@@ -67,6 +75,8 @@ class TwoCalls:
             self._pending = arguments, output
             return output
         self._check_pair(self._pending[0], arguments)
+        if self.run.position == 0:
+            self._check_lengths(self._pending[0], arguments)
         output = self._second_call(original, arguments, step, *self._pending)
         self._pending = self._early = None
         return output
@@ -119,6 +129,28 @@ class TwoCalls:
         both = self.run.reconstruct(self.family.planes(self.family.prediction(conditional), arguments))
         uncond = both[branch_rows(len(both), self.batch_order, ("uncond",))]
         return self.family.with_prediction(conditional, self.family.unplaned(uncond, arguments))
+
+    def _check_lengths(self, first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
+        """The caches are planned by the first call's shapes: `RunError` if they keep outputs of the second that have others."""
+        names = [
+            name
+            for name, value in second.items()
+            if isinstance(value, torch.Tensor) and isinstance(first.get(name), torch.Tensor) and value.shape != first[name].shape
+        ]
+        plan, engine = self.run.plan, self.run.engine
+        if not names or plan is None:
+            return
+        for site in engine.sites:
+            group = group_of(plan.groups, site.kind, site.layer)
+            if group is None or self.branch not in plan.groups[group].branches:
+                continue
+            now, planned = (self.family.site_shapes(engine.model, site, call) for call in (second, first))
+            if now != planned:
+                shapes = " and ".join(str(list(call[names[0]].shape)) for call in (first, second))
+                raise RunError(
+                    f"argument {names[0]!r} has shapes {shapes} in the two calls of a step, so {site.path} gives outputs of two shapes, "
+                    "and both are to be cached; pad both texts to one length, or use the policy 'cfg-only', which caches none"
+                )
 
     def _check_pair(self, first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
         checked: list[tuple[str, Any, Any]] = [("latents", self.family.latents(first), self.family.latents(second))]

@@ -25,15 +25,17 @@ class SelfAttention(nn.Module):
         self.query_key_value, self.dense = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, hidden_states: Tensor, mask: Tensor) -> Tensor:
+        if not (mask > 0).all():
+            raise NotImplementedError("a causal mask")
         return self.dense(F.scaled_dot_product_attention(*self.query_key_value(hidden_states).chunk(3, dim=-1)))
 
 
 class DiffusionTransformer(nn.Module):
     """SAT's CogVideoX: `transformer.layers`, each with `attention` and `mlp`, over [text, video] in one sequence."""
 
-    def __init__(self, hidden_size: int = 16, num_layers: int = 2, channels: int = 2):
+    def __init__(self, hidden_size: int = 16, num_layers: int = 2, channels: int = 2, patch_size: object = (1, 2, 2)):
         super().__init__()
-        self.hidden_size, self.num_layers, self.out_channels, self.patch_size = hidden_size, num_layers, channels, (1, 2, 2)
+        self.hidden_size, self.num_layers, self.out_channels, self.patch_size = hidden_size, num_layers, channels, patch_size
         self.dtype = torch.float32
         self.transformer = nn.Module()
         self.transformer.layers = nn.ModuleList(
@@ -48,20 +50,26 @@ class DiffusionTransformer(nn.Module):
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor, **kwargs: object) -> Tensor:
         patches = patches_of(x, 2)
         h = torch.cat([self.text(context), self.patch(patches.flatten(4).flatten(1, 3)) + timesteps[:, None, None] / 1000], dim=1)
-        for layer in self.transformer.layers:
-            h = h + layer["attention"](torch.tanh(h), torch.ones(1))
+        mask = torch.ones((1, 1)).to(x.dtype)
+        for number in range(self.num_layers):
+            layer = self.transformer.layers[torch.tensor(number)]
+            h = h + layer["attention"](torch.tanh(h), mask)
             h = h + layer["mlp"](torch.tanh(h))
         return video_of(self.final(h[:, context.shape[1] :]).reshape(patches.shape), 2)
 
 
 class AsymmetricAttention(nn.Module):
+    computed_in: torch.dtype | None = None
+
     def __init__(self, x: int, y: int, update_y: bool):
         super().__init__()
         self.qkv_x, self.qkv_y, self.proj_x = nn.Linear(x, 3 * x), nn.Linear(y, 3 * x), nn.Linear(x, x)
         self.proj_y = nn.Linear(x, y) if update_y else nn.Identity()
 
     def forward(self, x: Tensor, y: Tensor, *, scale_x: Tensor, packed_indices: dict) -> tuple[Tensor, Tensor]:
-        h = F.scaled_dot_product_attention(*torch.cat([self.qkv_x(x * scale_x), self.qkv_y(y)], dim=1).chunk(3, dim=-1))
+        qkv_x = self.qkv_x(x * scale_x)
+        assert self.computed_in is None or qkv_x.dtype == self.computed_in
+        h = F.scaled_dot_product_attention(*torch.cat([qkv_x, self.qkv_y(y)], dim=1).chunk(3, dim=-1))
         return self.proj_x(h[:, : x.shape[1]]), self.proj_y(h[:, x.shape[1] :])
 
 

@@ -11,7 +11,7 @@ from bench.published import PUBLISHED, build
 from fastercache import flops
 from fastercache.families import family_of
 from fastercache.memory import FORMATS, plan_cache
-from fastercache.two_calls import BATCH_ORDER, joined
+from fastercache.two_calls import BATCH_ORDER, BothCalls
 
 
 @pytest.mark.parametrize("system", PUBLISHED)
@@ -32,9 +32,9 @@ def test_operations_sites_and_parameters_of_the_published_models(system):
     assert sorted(zip((site.kind for site in sites), (site.layer for site in sites), elements, strict=True)) == sorted(
         zip((site.kind for site in described.sites), (site.layer for site in described.sites), expected, strict=True)
     )
-    whole = joined(family, arguments) if family.order in BATCH_ORDER else arguments
+    shapes = BothCalls(family) if family.order in BATCH_ORDER else family
     for storage in FORMATS:
-        planned = plan_cache(family, model, sites, plan, whole, torch.bfloat16, storage)
+        planned = plan_cache(shapes, model, sites, plan, arguments, torch.bfloat16, storage)
         assert planned.bytes == described.cache_bytes(plan, storage)
     assert family.prediction_shape(model, arguments).numel() // rows == described.prediction
     assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(described.parameters, rel=0.005)

@@ -187,6 +187,38 @@ def test_nothing_is_kept_of_a_call_on_shapes(rope):
     assert stand_ins() == before
 
 
+class ReadsValues(Model):
+    """As VideoSys' blocks, which read the timestep, and positions that they made themselves, as numbers."""
+
+    def forward(self, hidden_states, timestep):
+        positions = torch.arange(hidden_states[0, 0].numel(), device=hidden_states.device)
+        mask = torch.zeros_like(positions)
+        mask[:3] = 1
+        if int(timestep[0]) > 1000 or not bool((mask[: int(mask.sum())] > 0).all()):
+            raise ValueError("no such timestep")
+        return super().forward(hidden_states)[0] * (int(positions.max()) + 1)
+
+
+def test_values_that_no_weight_or_latent_decides_can_be_read():
+    torch.manual_seed(0)
+    model = ReadsValues(Counted()).eval().requires_grad_(False)
+    fastercache.compile(model, steps=STEPS, cfg="none")
+    for _ in range(STEPS):
+        model(**inputs(), timestep=torch.full((2,), 500))
+    assert fastercache.summary(model).flops.ratio > 1
+
+
+def test_what_cannot_be_counted_says_why():
+    model = build(Counted)
+    fastercache.compile(model, "cfg-only", steps=STEPS, cfg="uncond-first")
+    forward = model.blocks[1]["attn"].forward
+    for _ in range(STEPS):
+        model(**inputs())
+    model.blocks[1]["attn"].forward = lambda h: forward(h) * int(h.sum())
+    with pytest.raises(UnsupportedModelError, match=r"operations of Model cannot be counted.*shapes alone"):
+        _ = fastercache.summary(model).flops
+
+
 def test_a_refusal_leaves_nothing_behind_either():
     """The count fails in the middle of the model."""
     untouched, model = build(InAttribute), build(InAttribute)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from fastercache.errors import RunError, UnsupportedModelError
 
@@ -24,6 +25,28 @@ class Site:
     kind: str
     layer: int
     module: nn.Module
+
+
+def guided(pipeline: Any, call: Mapping[str, Any], label: str | None) -> bool:
+    """Whether a pipeline's run has two branches, once it has set its state; see `Family.order_in`."""
+    if label in ("uncond", "cond_uncond"):
+        return True
+    guider = getattr(pipeline, "guider", None)
+    if guider is not None:
+        return guider.num_conditions > 1
+    said = getattr(pipeline, "do_classifier_free_guidance", None)
+    if said is not None:
+        return bool(said)
+    if "true_cfg_scale" in call:  # the other scale is an input of the model
+        embeds = [value for name, value in call.items() if name.startswith("negative_") and name.endswith("_embeds")]
+        negative = call.get("negative_prompt") is not None or (bool(embeds) and None not in embeds)
+        return negative and call["true_cfg_scale"] is not None and call["true_cfg_scale"] > 1
+    parts = getattr(pipeline, "components", {}).values()
+    if any(getattr(getattr(part, "config", None), "guidance_embeds", False) for part in parts):
+        return False
+    # CogVideoX has the scale alone, Open-Sora-Plan only its argument.
+    scale = getattr(pipeline, "guidance_scale", call.get("guidance_scale"))
+    return scale is not None and scale > 1
 
 
 class Family(ABC):
@@ -46,10 +69,7 @@ class Family(ABC):
 
         call: the arguments of the pipeline's own call. label: what it calls the run's first call of the denoiser (`fastercache.labels`).
         """
-        guided = getattr(pipeline, "do_classifier_free_guidance", None)
-        if guided is None:  # CogVideoX has the scale alone, Open-Sora-Plan only its argument
-            guided = getattr(pipeline, "guidance_scale", call.get("guidance_scale", 1.0)) > 1
-        return self.order if guided else "none"
+        return self.order if guided(pipeline, call, label) else "none"
 
     @abstractmethod
     def sites(self, model: nn.Module) -> list[Site]:
@@ -106,6 +126,13 @@ class Family(ABC):
 
     def narrow(self, arguments: Mapping[str, Any], batch: int, rows: slice) -> dict[str, Any]:
         """The arguments of a call that runs only those rows of the batch."""
+        for name, value in arguments.items():
+            parts = [] if isinstance(value, torch.Tensor) else tree_leaves(value)
+            if any(isinstance(part, torch.Tensor) and part.dim() and len(part) == batch for part in parts):
+                raise RunError(
+                    f"argument {name!r} holds tensors of {batch} rows, as many as the batch has, inside a {type(value).__name__}, and they "
+                    "cannot be split in branches; use the policy 'dynamic-only', whose calls run both"
+                )
         narrowed = dict(arguments)
         for name in self.batched_in(arguments):
             value = arguments.get(name)

@@ -56,7 +56,9 @@ class SATCogVideoX(Family):
 
     def site_shapes(self, model: nn.Module, site: Site, arguments: Mapping[str, Any]) -> tuple[torch.Size, ...]:
         batch, frames, _, *plane = arguments["x"].shape
-        tokens = math.prod(extent // patch for extent, patch in zip((frames, *plane), self.config(model).patch_size, strict=True))
+        patches = self.config(model).patch_size
+        patches = (1, patches, patches) if isinstance(patches, int) else patches  # a number in 1.0, three in 1.5
+        tokens = math.prod(extent // patch for extent, patch in zip((frames, *plane), patches, strict=True))
         return (torch.Size((batch, arguments["context"].shape[1] + tokens, self.config(model).hidden_size)),)
 
     def prediction_shape(self, model: nn.Module, arguments: Mapping[str, Any]) -> torch.Size:

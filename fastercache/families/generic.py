@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,8 +15,8 @@ from fastercache.errors import UnsupportedModelError
 from fastercache.families.base import BranchOrder, Family, Site
 from fastercache.skeleton import on_shapes
 
-CROSS_ATTENTION = ("attn2", "cross_attn", "cross_attention")
-"""Names under which diffusers' blocks keep the attention to the text, where its class does not tell."""
+CROSS_ATTENTION = re.compile(r"(.*_)?(attn2|cross_attn|cross_attention)|.*_to_.*")
+"""Names under which diffusers' blocks keep the attention to the text or, as `audio_to_video_attn`, to another stream."""
 ORDERS: dict[str | None, BranchOrder] = {"cond_uncond": "uncond-first", "cond": "cond-then-uncond", "uncond": "uncond-then-cond"}
 """The label that a pipeline of diffusers gives the first call of a run with guidance -> how it lays out guidance."""
 
@@ -125,5 +126,5 @@ def _kind(name: str, module: nn.Module) -> str | None:
     """What a part of a block is, by its class: attention over the video, an MLP, or neither."""
     cls = type(module).__name__
     if "Attention" in cls:
-        return None if getattr(module, "is_cross_attention", False) or name in CROSS_ATTENTION else "joint"
+        return None if getattr(module, "is_cross_attention", False) or CROSS_ATTENTION.fullmatch(name) else "joint"
     return "mlp" if "FeedForward" in cls or cls.lower().endswith("mlp") else None
