@@ -28,7 +28,7 @@ from fastercache.gates import Gate, GroupState
 from fastercache.graphs import GraphOptions, Graphs, PhaseGraphs, input_signature
 from fastercache.integrations import modules_of
 from fastercache.labels import CallLabels
-from fastercache.memory import Cache, CacheBudget, CachePlan, branch_rows, plan_cache
+from fastercache.memory import Cache, CacheBudget, CachePlan, Shapes, branch_rows, plan_cache
 from fastercache.patching import ForwardPatch
 from fastercache.plan import Branch, Phase, Plan, PlannedStep, group_of, make_plan
 from fastercache.policies import Policy
@@ -343,7 +343,8 @@ class Run:
         spec = self._describe()
         self._first_key, self.shapes = self._key(arguments), on_meta(arguments)
         self._check_frames(spec, family.latents(arguments))
-        order, shapes = BATCH_ORDER.get(spec.order, spec.order), family
+        order = BATCH_ORDER.get(spec.order, spec.order)
+        shapes: Shapes = family
         batch, device = family.latents(arguments).shape[0], self._first_key[2]
         if spec.order in BATCH_ORDER:
             self.two_calls, shapes, batch = TwoCalls(self, spec.order), BothCalls(family), 2 * batch

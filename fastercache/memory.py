@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import nn
 
 from fastercache import ops
 from fastercache.errors import CacheError
-from fastercache.families import BranchOrder, Family, Site
+from fastercache.families import BranchOrder, Site
 from fastercache.layout import RingLayout
 from fastercache.plan import Branch, Plan, group_of
 
@@ -105,8 +105,16 @@ class CachePlan:
         return next((why for ring in self.rings if (why := ring.refusal(device))), None)
 
 
+class Shapes(Protocol):
+    """What the caches are planned from: a family, or two of its calls together (`fastercache.two_calls.BothCalls`)."""
+
+    def site_shapes(self, model: nn.Module, site: Site, arguments: Mapping[str, Any]) -> tuple[torch.Size, ...]: ...
+
+    def prediction_shape(self, model: nn.Module, arguments: Mapping[str, Any]) -> torch.Size: ...
+
+
 def plan_cache(
-    family: Family,
+    family: Shapes,
     model: nn.Module,
     sites: Sequence[Site],
     plan: Plan,

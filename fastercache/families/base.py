@@ -29,7 +29,7 @@ class Site:
 
 def guided(pipeline: Any, call: Mapping[str, Any], label: str | None) -> bool:
     """Whether a pipeline's run has two branches, once it has set its state; see `Family.order_in`."""
-    if label in ("uncond", "cond_uncond"):
+    if label == "uncond":  # "cond_uncond" is said without guidance, too
         return True
     guider = getattr(pipeline, "guider", None)
     if guider is not None:
