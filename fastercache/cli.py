@@ -184,7 +184,7 @@ def sample(
 
 def _load(pipeline: str, dtype: torch.dtype, download: bool) -> Any:
     if pipeline == "shapes":
-        return shapes.load(dtype)
+        return shapes.load(dtype=dtype)
     if not download and not (Path(pipeline) / "model_index.json").is_file():
         _fail(f"{pipeline} is not a pipeline directory (no model_index.json in it); give one that save_pretrained wrote, or 'shapes'")
     try:

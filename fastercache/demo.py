@@ -125,7 +125,7 @@ def run_demo(
     for prompt in prompts:
         check_prompt(prompt)
     out.mkdir(parents=True, exist_ok=True)
-    pipe = fastercache.compile(shapes.load(dtype), schedule)
+    pipe = fastercache.compile(shapes.load(dtype=dtype), schedule)
     pairs = generate_pairs(
         pipe, prompts, steps=steps, warm_up=warm_up_steps(schedule, steps), seed=seed, console=console,
         guidance_scale=shapes.GUIDANCE_SCALE, **shapes.CALL,
