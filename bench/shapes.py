@@ -1,4 +1,4 @@
-"""Clips of the embedded "shapes" pipeline for the whole-model benchmarks: held-out prompts and seeds, made in parallel, kept on disk.
+"""Clips of the embedded pipelines for the whole-model benchmarks: held-out prompts and seeds, made in parallel, kept on disk.
 
 Every clip is one call of the pipeline with one prompt, as a user makes it. Clips are kept in chunks under `runs/bench-shapes/`, in a folder
 whose name is a hash of all that they depend on, so an interrupted evaluation goes on where it stopped and evaluations share clips.
@@ -29,13 +29,12 @@ from bench import report
 from fastercache import environment, metrics, ops, shapes, triton_kernels
 from fastercache.memory import CacheFormat
 from fastercache.policies import Policy
-from fastercache.shapes.world import SCENES
 
 WORK = report.ROOT / "runs" / "bench-shapes"
 FIRST_HELD_OUT_SEED = 10_000
 """Pair i samples from the noise of seed 10_000 + i. Training never samples from the pipeline; keep these seeds out of any tuning of it."""
 SCENE_STRIDE = 5
-"""Coprime to the 16 scenes: any run of consecutive pairs spreads over colours, shapes and directions, and 16 of them cover every scene."""
+"""Coprime to the 16 and the 48 scenes: any run of consecutive pairs spreads over their words, and so many pairs cover every scene."""
 CHUNK = 4
 """Clips of one file, and of one unit of work."""
 PSNR_CEILING = 100.0
@@ -50,9 +49,10 @@ class Pair:
     seed: int
 
 
-def held_out(pairs: int) -> list[Pair]:
+def held_out(pairs: int, pipeline: str = "shapes") -> list[Pair]:
     """The first so many evaluation pairs: prompts cycle over all scenes, every seed is new."""
-    return [Pair(SCENES[i * SCENE_STRIDE % len(SCENES)].prompt, FIRST_HELD_OUT_SEED + i) for i in range(pairs)]
+    scenes = shapes.PIPELINES[pipeline].world.scenes
+    return [Pair(scenes[i * SCENE_STRIDE % len(scenes)].prompt, FIRST_HELD_OUT_SEED + i) for i in range(pairs)]
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,14 @@ class Variant:
     """A way to make clips.
 
     schedule: JSON text, or `None` for the untouched pipeline. guided: `False` sets the guidance scale to 1. cache_format: of the caches.
+    pipeline: the embedded one that makes them.
     """
 
     name: str
     schedule: str | None = None
     guided: bool = True
     cache_format: CacheFormat = "model"
+    pipeline: str = "shapes"
 
 
 UNCACHED = Variant("uncached")
@@ -97,14 +99,14 @@ Make = Callable[[Variant, int, Sequence[Pair], bool], Clips]
 
 
 @functools.lru_cache(maxsize=1)
-def pipeline() -> Any:
+def pipeline(name: str = "shapes") -> Any:
     """The pipeline of this process."""
-    return shapes.load()
+    return shapes.load(name)
 
 
-def call(pipe: Any, pair: Pair, steps: int, guidance_scale: float) -> np.ndarray:
+def call(pipe: Any, pair: Pair, steps: int, guidance_scale: float, pipeline: str = "shapes") -> np.ndarray:
     """One clip: float32 `[frames, H, W, 3]` in [0, 1]."""
-    options = shapes.CALL | {"num_inference_steps": steps, "guidance_scale": guidance_scale, "output_type": "np"}
+    options = {**shapes.PIPELINES[pipeline].call, "num_inference_steps": steps, "guidance_scale": guidance_scale, "output_type": "np"}
     return pipe(pair.prompt, generator=torch.Generator().manual_seed(pair.seed), **options).frames[0]
 
 
@@ -123,18 +125,22 @@ def compiled(pipe: Any, schedule: str | None, cache_format: CacheFormat = "model
 
 def generate(variant: Variant, steps: int, pairs: Sequence[Pair], with_facts: bool) -> Clips:
     """Make clips with this process's pipeline. Counting FLOPs for the facts takes a second or two."""
-    pipe = pipeline()
-    scale = shapes.GUIDANCE_SCALE if variant.guided else 1.0
+    pipe = pipeline(variant.pipeline)
+    scale = guidance_scale(variant)
     frames, seconds, facts = [], [], {}
     with compiled(pipe, variant.schedule, variant.cache_format):
         for pair in pairs:
             start = time.perf_counter()
-            clip = call(pipe, pair, steps, scale)
+            clip = call(pipe, pair, steps, scale, variant.pipeline)
             seconds.append(time.perf_counter() - start)
             frames.append(np.clip(clip, 0, 1).astype(np.float16))
         if with_facts and variant.schedule is not None:
             facts = run_facts(pipe)
     return Clips(np.stack(frames), np.asarray(seconds), facts)
+
+
+def guidance_scale(variant: Variant) -> float:
+    return shapes.PIPELINES[variant.pipeline].guidance_scale if variant.guided else 1.0
 
 
 def run_facts(pipe: Any) -> dict[str, Any]:
@@ -148,8 +154,12 @@ def run_facts(pipe: Any) -> dict[str, Any]:
 
 def identity(variant: Variant, steps: int) -> dict[str, Any]:
     """All that a variant's clips depend on, but for the prompt and the seed. The variant's name is no part of it."""
-    scale = shapes.GUIDANCE_SCALE if variant.guided else 1.0
-    facts: dict[str, Any] = {"pipeline": _pipeline_hash(), "steps": steps, "guidance_scale": scale, "call": dict(shapes.CALL)}
+    facts: dict[str, Any] = {
+        "pipeline": _pipeline_hash(variant.pipeline),
+        "steps": steps,
+        "guidance_scale": guidance_scale(variant),
+        "call": dict(shapes.PIPELINES[variant.pipeline].call),
+    }
     facts["versions"] = {name: environment.version(name) for name in ("torch", "diffusers", "transformers")}
     if variant.schedule is not None:
         facts |= {
@@ -161,12 +171,12 @@ def identity(variant: Variant, steps: int) -> dict[str, Any]:
     return facts
 
 
-@functools.lru_cache(maxsize=1)
-def _pipeline_hash() -> str:
+@functools.lru_cache
+def _pipeline_hash(name: str) -> str:
     """Hash of every file of the pipeline: weights, configurations, tokenizer."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in shapes.PIPELINE.rglob("*") if path.is_file()):
-        digest.update(path.relative_to(shapes.PIPELINE).as_posix().encode() + b"\0" + path.read_bytes())
+    digest, folder = hashlib.sha256(), shapes.PIPELINES[name].path
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 
@@ -337,25 +347,27 @@ def parser(doc: str | None, pairs: int, out: str) -> argparse.ArgumentParser:
     return options
 
 
-def settings(steps: int, asked: int, pairs: int) -> dict[str, Any]:
+def settings(steps: int, asked: int, pairs: int, pipeline: str = "shapes") -> dict[str, Any]:
     """How the clips were made, for the JSON."""
+    embedded = shapes.PIPELINES[pipeline]
     return {
         "steps": steps,
-        "guidance_scale": shapes.GUIDANCE_SCALE,
-        "call": dict(shapes.CALL),
+        "guidance_scale": embedded.guidance_scale,
+        "call": dict(embedded.call),
         "pairs": pairs,
         "pairs_asked": asked,
         "first_seed": FIRST_HELD_OUT_SEED,
-        "pipeline_sha256": _pipeline_hash(),
+        "pipeline_sha256": _pipeline_hash(pipeline),
         "dtype": "float32",
     }
 
 
-def described(steps: int, asked: int, pairs: int) -> str:
+def described(steps: int, asked: int, pairs: int, pipeline: str = "shapes") -> str:
     """The same as a sentence."""
+    embedded = shapes.PIPELINES[pipeline]
     short = "" if pairs == asked else f" (of {asked} asked for: the time given was over)"
     seeds = f"seeds {FIRST_HELD_OUT_SEED} to {FIRST_HELD_OUT_SEED + pairs - 1}"
     return (
-        f"{pairs} held-out (prompt, seed) pairs{short} of the embedded pipeline: {seeds}, prompts cycling over all {len(SCENES)} scenes; "
-        f"{steps} steps, guidance {shapes.GUIDANCE_SCALE}, one prompt a call, float32 on the CPU."
+        f'{pairs} held-out (prompt, seed) pairs{short} of the embedded pipeline "{pipeline}": {seeds}, prompts cycling over all '
+        f"{len(embedded.world.scenes)} scenes; {steps} steps, guidance {embedded.guidance_scale}, one prompt a call, float32 on the CPU."
     )

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from fastercache import shapes
+from fastercache.shapes import train
 from fastercache.shapes.detector import score, sight
 from fastercache.shapes.recipes import RECIPES
 from fastercache.shapes.train import LatentSpace, Stage
@@ -100,21 +102,54 @@ def test_latents_hold_every_frame(name):
     assert (again - pooled).abs().mean() < 0.02  # bicubic enlargement keeps means but near edges
 
 
-def test_training_resumes_as_if_never_stopped(tmp_path):
+@pytest.mark.parametrize("muon", [False, True])
+def test_training_resumes_as_if_never_stopped(tmp_path, muon):
     def train(run, stop_at=None):
         run.mkdir(exist_ok=True)
         torch.manual_seed(0)
-        model = nn.Linear(3, 1)
+        model = nn.ModuleDict({"blocks": nn.Linear(3, 3), "head": nn.Linear(3, 1)})
 
         def loss(generator, step):
             if step == stop_at:
                 raise KeyboardInterrupt
-            return model(torch.randn(8, 3, generator=generator)).square().mean()
+            return model["head"](model["blocks"](torch.randn(8, 3, generator=generator))).square().mean()
 
-        return Stage("stage", 9, 1e-2, run, seed=5, checkpoint_every=2).train(model, loss)
+        return Stage("stage", 9, 1e-2, run, seed=5, checkpoint_every=2, muon=muon).train(model, loss)
 
     whole = train(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "broken", stop_at=5)
     resumed = train(tmp_path / "broken")
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_training_from_nothing_and_from_weights_gives_a_pipeline(tmp_path, name):
+    steps = [
+        "--still-steps",
+        "1",
+        "--clip-steps",
+        "1",
+        "--autoencoder-steps",
+        "1",
+        "--still-batch",
+        "2",
+        "--clip-batch",
+        "2",
+        "--pool",
+        "4",
+    ]
+    options = ["--pipeline", name, *steps, "--device", "cpu", "--no-compile", "--seed", "3"]
+    train.main([*options, "--run", str(tmp_path / "first"), "--export", str(tmp_path / "pipeline")])
+    train.main([*options, "--run", str(tmp_path / "second"), "--init", str(tmp_path / "pipeline")])
+    first, second = (shapes.load_pipeline(tmp_path / path, torch.float32) for path in ("pipeline", "second/pipeline"))
+    embedded = shapes.PIPELINES[name]
+    prompt = embedded.world.scenes[0].prompt
+    clips = []
+    for pipe in (first, second):
+        generator = torch.Generator().manual_seed(0)
+        clip = pipe(prompt, **embedded.call, num_inference_steps=2, guidance_scale=2.0, generator=generator, output_type="np").frames[0]
+        assert clip.shape == (embedded.world.frames, embedded.world.size, embedded.world.size, 3) and np.isfinite(clip).all()
+        clips.append(clip)
+    assert not np.array_equal(*clips)
+    assert all(torch.equal(a, b) for a, b in zip(first.vae.parameters(), second.vae.parameters(), strict=True))

@@ -1,15 +1,15 @@
-"""Train the "shapes" pipeline from nothing: `python -m fastercache.shapes.train --run runs/shapes`.
+"""Train an embedded pipeline from nothing: `python -m fastercache.shapes.train --pipeline shapes --run runs/shapes`.
 
 Three stages, each resumable from its last checkpoint under `--run`:
 
-1. `stills`: the denoiser and its T5 text encoder on single frames, where colour and shape are learnt at an eighth of a clip's cost.
+1. `stills`: the denoiser and its text encoder on single latents, where colour and shape are learnt at a fraction of a clip's cost.
 2. `clips`: the same on clips, where direction is learnt. From `--wrong-from` on, a share of the captions is replaced by a random one, so
    that the conditional branch alone stays unsure and guidance has something to do.
-3. `autoencoder`: a small `AutoencoderKL` for the latents that `LatentSpace` defines.
+3. `autoencoder`: a small autoencoder for the latents that `LatentSpace` defines.
 
-The denoiser predicts v, because the noisiest steps decide what the clip shows, and there an epsilon loss hardly tells right from
-wrong. The exported weights are an exponential moving average. Every draw comes from `(--seed, stage, step)`, so a resumed run
-sees the data an uninterrupted one would.
+The denoiser predicts a velocity (of the cosine schedule, or of the straight path to noise: `recipes.py`), because the noisiest steps decide
+what the clip shows, and there an epsilon loss hardly tells right from wrong. The exported weights are an exponential moving average. Every
+draw comes from `(--seed, stage, step)`, so a resumed run sees the data an uninterrupted one would.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -323,7 +323,7 @@ def export(directory: Path, recipe: Recipe, autoencoder: nn.Module, tokenizer: A
     pipeline.to("cpu", recipe.export_dtype).save_pretrained(directory, safe_serialization=True)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", choices=sorted(RECIPES), default="shapes", help="which pipeline to train (default shapes)")
     parser.add_argument("--run", type=Path, default=None, help="checkpoints and log (default runs/<pipeline>); an existing one is resumed")
@@ -346,7 +346,7 @@ def main() -> None:
     parser.add_argument("--wrong", type=float, default=0.2, help="share of captions replaced by a random one")
     parser.add_argument("--wrong-from", type=int, default=2200, help="step of the clips stage from which they are")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile the denoiser")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     args.run = args.run or Path("runs") / args.pipeline
     args.run.mkdir(parents=True, exist_ok=True)
 
