@@ -34,7 +34,7 @@ WORK = report.ROOT / "runs" / "bench-shapes"
 FIRST_HELD_OUT_SEED = 10_000
 """Pair i samples from the noise of seed 10_000 + i. Training never samples from the pipeline; keep these seeds out of any tuning of it."""
 SCENE_STRIDE = 5
-"""Coprime to the 16 and the 48 scenes: any run of consecutive pairs spreads over their words, and so many pairs cover every scene."""
+"""Coprime to the 16 and the 96 scenes: any run of consecutive pairs spreads over their words, and so many pairs cover every scene."""
 CHUNK = 4
 """Clips of one file, and of one unit of work."""
 PSNR_CEILING = 100.0

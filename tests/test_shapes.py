@@ -30,7 +30,7 @@ def clips(world):
 
 
 def test_worlds_have_so_many_scenes():
-    assert (len(PLAIN.scenes), len(TEXTURED.scenes)) == (16, 48)
+    assert (len(PLAIN.scenes), len(TEXTURED.scenes)) == (16, 96)
     assert PLAIN.scenes[0].prompt == "a red circle moving right" and TEXTURED.scenes[0].prompt == "a red plain circle moving right"
 
 

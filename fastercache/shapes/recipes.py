@@ -203,7 +203,7 @@ class Wan(Recipe):
     """Noise levels are drawn as s u / (1 + (s - 1) u): 40 % of a batch lie above 0.9."""
 
     def words(self) -> list[str]:
-        spare = ["checkered", "square", "left", "up", "still"]
+        spare = ["checkered", "square", "still"]
         return ["a", "moving", *self.world.colours, *self.world.shapes, *self.world.textures, *self.world.directions, *spare]
 
     def text_encoder(self, vocabulary: int) -> nn.Module:

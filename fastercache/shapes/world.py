@@ -17,6 +17,7 @@ import torch
 Colour = tuple[float, float, float]
 
 DIRECTIONS = {"right": (1.0, 0.0), "down": (0.0, 1.0)}
+ALL_DIRECTIONS = {**DIRECTIONS, "left": (-1.0, 0.0), "up": (0.0, -1.0)}
 SHAPES = ("circle", "triangle")
 WHITE: Colour = (0.97, 0.97, 0.97)
 """The second colour of a textured object."""
@@ -158,11 +159,11 @@ PLAIN = World(
 """The world of "shapes": 16 scenes."""
 
 TEXTURED = World(
-    frames=9, size=64, colours=COLOURS, shapes=SHAPES, directions=DIRECTIONS, textures=("plain", "striped", "dotted"),
+    frames=9, size=64, colours=COLOURS, shapes=SHAPES, directions=ALL_DIRECTIONS, textures=("plain", "striped", "dotted"),
     backgrounds=((0.16, 0.16, 0.18), (0.32, 0.32, 0.34), (0.48, 0.48, 0.50)), slope=0.07,
     speed=3.5, radius=(13.0, 15.5), along=1.5, across=4.0,
 )  # fmt: skip
-"""The world of "wan": 48 scenes. Its backgrounds are darker than the first's, because white belongs to the textures."""
+"""The world of "wan": 96 scenes. Its backgrounds are darker than the first's, because white belongs to the textures."""
 
 FRAMES, SIZE, SCENES, PIXELS_PER_FRAME = PLAIN.frames, PLAIN.size, PLAIN.scenes, PLAIN.speed
 
