@@ -117,7 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     outside = 1 - float(np.median([a / b for a, b in zip(denoiser["uncached"], total["uncached"], strict=True)]))
     body = [
         f'One clip of the embedded pipeline "{args.pipeline}", {args.steps} steps, guidance {guidance_scale}, float32, '
-        f"{args.threads} torch threads; {args.repeats} clips of each kind in turn, after a warm-up. The load average was {load_before} at the start.",
+        f"{args.threads} torch threads; {args.repeats} clips of each kind in turn, after a warm-up. "
+        f"The load average was {load_before} at the start.",
         report.table(
             ("variant", "median (s)", "least (s)", "denoiser, median (s)", "denoiser, least (s)"),
             [(row["variant"], *seconds_cells(row["seconds"]), *seconds_cells(row["denoiser_seconds"])) for row in rows],
