@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from skimage import measure, morphology
@@ -22,6 +23,10 @@ FILL_SQUARE_CIRCLE = 0.885
 """Bounding-box fill between a circle's (0.785) and a square's (1), which the world has not, so that no blob passes for a circle."""
 FILL_CIRCLE_TRIANGLE = 0.65
 """Bounding-box fill between a triangle's (0.5) and a circle's."""
+UPPER_CIRCLE_TRIANGLE = 0.41
+"""Share of an object in the upper half of its bounding box, between a triangle's (0.25, blurred up to 0.39) and a circle's (0.5). It tells
+shapes in the world with textures, whose pipeline blurs more: a blurred triangle loses its corners, and with them the box that it hardly
+fills."""
 COLOURED = 0.3
 """Difference of the greatest and the least channel from which a pixel counts as coloured: less than half the least of the named colours."""
 WHITE_LEAST, WHITE_MOST = 0.07, 0.75
@@ -87,16 +92,38 @@ def texture_of(image: np.ndarray, inside: np.ndarray) -> str:
     return "dotted" if spread(white) < SPREAD * spread(inside) else "striped"
 
 
-def sight(frame: np.ndarray, world: World = PLAIN) -> Sighting | None:
-    """The one object in an RGB frame (`[H, W, 3]`, floats in [0, 1]); `None` if there is none or its mass is scattered."""
-    mask = np.linalg.norm(frame - background_of(frame, world), axis=-1) > CONTRAST
+def largest_of(mask: np.ndarray) -> Any:
+    """The largest region of a mask; `None` if it is tiny, or a fifth of the mask lies elsewhere."""
     regions = sorted(measure.regionprops(measure.label(mask)), key=lambda region: -region.area)
     if not regions or regions[0].area < 40 or regions[0].area < 0.8 * mask.sum():
         return None
-    largest = regions[0]
-    core = morphology.erosion(np.pad(largest.image, 1), morphology.disk(2))[1:-1, 1:-1]
+    return regions[0]
+
+
+def core_of(region: Any) -> np.ndarray:
+    """Which pixels of a region's bounding box are well inside it."""
+    core = morphology.erosion(np.pad(region.image, 1), morphology.disk(2))[1:-1, 1:-1]
+    return core if core.any() else region.image
+
+
+def shape_of(region: Any, world: World) -> str:
+    if region.extent > FILL_SQUARE_CIRCLE:
+        return "square"
+    if not world.textures:
+        return "circle" if region.extent > FILL_CIRCLE_TRIANGLE else "triangle"
+    upper = region.image[: len(region.image) // 2].sum() / region.image.sum()
+    if upper < UPPER_CIRCLE_TRIANGLE:
+        return "triangle"
+    return "circle" if region.extent > FILL_CIRCLE_TRIANGLE else "none"
+
+
+def sight(frame: np.ndarray, world: World = PLAIN) -> Sighting | None:
+    """The one object in an RGB frame (`[H, W, 3]`, floats in [0, 1]); `None` if there is none or its mass is scattered."""
+    largest = largest_of(np.linalg.norm(frame - background_of(frame, world), axis=-1) > CONTRAST)
+    if largest is None:
+        return None
     top, left, bottom, right = largest.bbox
-    inside = core if core.any() else largest.image
+    inside = core_of(largest)
     image = frame[top:bottom, left:right]
     texture = "plain"
     if world.textures:
@@ -107,10 +134,8 @@ def sight(frame: np.ndarray, world: World = PLAIN) -> Sighting | None:
     colour = min(world.colours, key=lambda name: float(np.linalg.norm(mean - np.asarray(world.colours[name]))))
     if np.linalg.norm(mean - np.asarray(world.colours[colour])) > 0.35:
         return None
-    fill = largest.extent
-    shape = "square" if fill > FILL_SQUARE_CIRCLE else "circle" if fill > FILL_CIRCLE_TRIANGLE else "triangle"
     y, x = largest.centroid
-    return Sighting(colour, shape, (float(x), float(y)), texture)
+    return Sighting(colour, shape_of(largest, world), (float(x), float(y)), texture)
 
 
 def score(clip: np.ndarray, prompt: str, world: World = PLAIN) -> Score:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import (
@@ -28,7 +28,8 @@ class Recipe(ABC):
 
     prompt_tokens: the lengths to which the pipeline pads prompts, the usual one first. frames_per_latent: frames that one latent holds, as
     channels; the first holds the first frame only. autoencoder_batch: clips in a step of the autoencoder's training, and how many
-    frames of each, drawn at random where not all. masks_empty: whether the pipeline zeroes the padding of the empty prompt.
+    frames of each, drawn at random where not all. masks_empty: whether the pipeline zeroes the padding of the empty prompt. training:
+    where the options of `train.py` have other defaults.
     """
 
     world: World
@@ -37,6 +38,7 @@ class Recipe(ABC):
     autoencoder_batch: tuple[int, int]
     masks_empty: bool
     export_dtype: torch.dtype
+    training: ClassVar[dict[str, Any]]
 
     @property
     def channels(self) -> int:
@@ -107,6 +109,7 @@ class Latte(Recipe):
     autoencoder_batch = (32, 1)
     masks_empty = False
     export_dtype = torch.bfloat16
+    training: ClassVar[dict[str, Any]] = {}
 
     def __init__(self) -> None:
         self.alphas = self.scheduler().alphas_cumprod
@@ -199,6 +202,10 @@ class Wan(Recipe):
     autoencoder_batch = (2, 9)
     masks_empty = True
     export_dtype = torch.float16
+    training: ClassVar[dict[str, Any]] = dict(
+        muon=True, learning_rate=2e-3, still_steps=400, still_batch=48, clip_steps=1500, wrong=0.25, wrong_from=1100,
+        autoencoder_steps=1800, autoencoder_rate=3e-3,
+    )  # fmt: skip
     density_shift = 6.0
     """Noise levels are drawn as s u / (1 + (s - 1) u): 40 % of a batch lie above 0.9."""
 

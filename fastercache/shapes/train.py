@@ -341,16 +341,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--clip-steps", type=int, default=2400)
     parser.add_argument("--clip-batch", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--muon", action="store_true", help="train the blocks' matrices with Muon instead of AdamW")
+    parser.add_argument(
+        "--muon", action=argparse.BooleanOptionalAction, default=False, help="train the blocks' matrices with Muon instead of AdamW"
+    )
     parser.add_argument("--checkpoint-every", type=int, default=200, help="steps")
     parser.add_argument("--wrong", type=float, default=0.2, help="share of captions replaced by a random one")
     parser.add_argument("--wrong-from", type=int, default=2200, help="step of the clips stage from which they are")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile the denoiser")
+    recipe = RECIPES[parser.parse_known_args(arguments)[0].pipeline]()
+    parser.set_defaults(**recipe.training)
     args = parser.parse_args(arguments)
     args.run = args.run or Path("runs") / args.pipeline
     args.run.mkdir(parents=True, exist_ok=True)
 
-    recipe = RECIPES[args.pipeline]()
     tokenizer = recipe.tokenizer()
     space = LatentSpace(args.seed, recipe)
     denoiser = train_denoiser(args, space, tokenizer)
