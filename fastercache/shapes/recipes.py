@@ -14,7 +14,6 @@ from diffusers import (
     UniPCMultistepScheduler,
     WanTransformer3DModel,
 )
-from torch import nn
 from torch.nn import functional as F
 from transformers import T5Config, T5EncoderModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
 
@@ -53,45 +52,46 @@ class Recipe(ABC):
     def words(self) -> list[str]: ...
 
     @abstractmethod
-    def text_encoder(self, vocabulary: int) -> nn.Module: ...
+    def text_encoder(self, vocabulary: int) -> Any: ...
 
     @abstractmethod
-    def denoiser(self, text_width: int) -> nn.Module: ...
+    def denoiser(self, text_width: int) -> Any: ...
 
     @abstractmethod
     def scheduler(self) -> Any: ...
 
     @abstractmethod
-    def autoencoder(self) -> nn.Module: ...
+    def autoencoder(self) -> Any: ...
 
     @abstractmethod
     def noised(self, clean: torch.Tensor, noise: torch.Tensor, share_left: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Noisy latents, timesteps and what the denoiser is to predict, for uniform draws `[n]` of how much of the clip is left."""
 
     @abstractmethod
-    def encoded(self, autoencoder: nn.Module, clips: torch.Tensor) -> torch.Tensor:
+    def encoded(self, autoencoder: Any, clips: torch.Tensor) -> torch.Tensor:
         """The mean latents of clips `[n, 3, frames, size, size]`."""
 
     @abstractmethod
-    def decoded(self, autoencoder: nn.Module, latents: torch.Tensor) -> torch.Tensor:
+    def decoded(self, autoencoder: Any, latents: torch.Tensor) -> torch.Tensor:
         """The clips of latents."""
 
     @abstractmethod
-    def pin_posterior(self, autoencoder: nn.Module) -> None:
+    def pin_posterior(self, autoencoder: Any) -> None:
         """Make the posterior a point: its log-variance is not learnt."""
 
     @abstractmethod
     def pipeline(self, **parts: Any) -> Any: ...
 
     @abstractmethod
-    def use_float32_attention(self, denoiser: nn.Module) -> None:
+    def use_float32_attention(self, denoiser: Any) -> None:
         """Attention with the products in float32: the bf16 backward of the CPU's fused attention is 4 times slower."""
 
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Attention in float32 of `[batch, tokens, heads, width]`, heads joined."""
     with torch.autocast(query.device.type, enabled=False):
-        mixed = F.scaled_dot_product_attention(*(x.transpose(1, 2).float() for x in (query, key, value)))
+        query, key, value = (x.transpose(1, 2).float() for x in (query, key, value))
+        mixed = F.scaled_dot_product_attention(query, key, value)
     return mixed.transpose(1, 2).flatten(2)
 
 
@@ -118,7 +118,7 @@ class Latte(Recipe):
         # Square, left and up are in the vocabulary, but no longer in the world: docs/shapes.md says why.
         return ["a", "moving", *self.world.colours, "circle", "square", "triangle", "left", "right", "up", "down"]
 
-    def text_encoder(self, vocabulary: int) -> nn.Module:
+    def text_encoder(self, vocabulary: int) -> Any:
         return T5EncoderModel(
             T5Config(
                 vocab_size=vocabulary, d_model=96, d_kv=24, d_ff=192, num_layers=2, num_heads=4, dropout_rate=0.0,
@@ -126,7 +126,7 @@ class Latte(Recipe):
             )
         )  # fmt: skip
 
-    def denoiser(self, text_width: int, width: int = 192, heads: int = 6, layers: int = 4) -> nn.Module:
+    def denoiser(self, text_width: int, width: int = 192, heads: int = 6, layers: int = 4) -> Any:
         # LattePipeline drops the second half of the output channels (a learned variance elsewhere), so twice as many go out as come in.
         return LatteTransformer3DModel(
             num_attention_heads=heads, attention_head_dim=width // heads, in_channels=self.channels, out_channels=2 * self.channels,
@@ -141,7 +141,7 @@ class Latte(Recipe):
             set_alpha_to_one=True, timestep_spacing="trailing", rescale_betas_zero_snr=True,
         )  # fmt: skip
 
-    def autoencoder(self) -> nn.Module:
+    def autoencoder(self) -> Any:
         return AutoencoderKL(
             # One group: normalising two channels at a time, as 8 groups of 16 do, wipes out what the latents hold, absolute colour.
             in_channels=3, out_channels=3, latent_channels=self.channels, block_out_channels=(16, 32, 64), layers_per_block=1,
@@ -157,15 +157,15 @@ class Latte(Recipe):
         noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
         return noisy, timestep, alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
 
-    def encoded(self, autoencoder: nn.Module, clips: torch.Tensor) -> torch.Tensor:
+    def encoded(self, autoencoder: Any, clips: torch.Tensor) -> torch.Tensor:
         latents = autoencoder.encode(clips.transpose(1, 2).flatten(0, 1)).latent_dist.mean
         return latents.unflatten(0, (len(clips), -1)).transpose(1, 2)
 
-    def decoded(self, autoencoder: nn.Module, latents: torch.Tensor) -> torch.Tensor:
+    def decoded(self, autoencoder: Any, latents: torch.Tensor) -> torch.Tensor:
         frames = autoencoder.decode(latents.transpose(1, 2).flatten(0, 1)).sample
         return frames.unflatten(0, (len(latents), -1)).transpose(1, 2)
 
-    def pin_posterior(self, autoencoder: nn.Module) -> None:
+    def pin_posterior(self, autoencoder: Any) -> None:
         autoencoder.quant_conv.weight[self.channels :] = 0
         autoencoder.quant_conv.bias[self.channels :] = -10
 
@@ -174,7 +174,7 @@ class Latte(Recipe):
 
         return LattePipeline(**parts)
 
-    def use_float32_attention(self, denoiser: nn.Module) -> None:
+    def use_float32_attention(self, denoiser: Any) -> None:
         from diffusers.models.attention_processor import Attention
 
         for module in denoiser.modules():
@@ -213,7 +213,7 @@ class Wan(Recipe):
         spare = ["checkered", "square", "still"]
         return ["a", "moving", *self.world.colours, *self.world.shapes, *self.world.textures, *self.world.directions, *spare]
 
-    def text_encoder(self, vocabulary: int) -> nn.Module:
+    def text_encoder(self, vocabulary: int) -> Any:
         return UMT5EncoderModel(
             UMT5Config(
                 vocab_size=vocabulary, d_model=96, d_kv=24, d_ff=192, num_layers=2, num_heads=4, dropout_rate=0.0,
@@ -221,7 +221,7 @@ class Wan(Recipe):
             )
         )  # fmt: skip
 
-    def denoiser(self, text_width: int, width: int = 128, heads: int = 4, layers: int = 6) -> nn.Module:
+    def denoiser(self, text_width: int, width: int = 128, heads: int = 4, layers: int = 6) -> Any:
         return WanTransformer3DModel(
             patch_size=(1, 2, 2), num_attention_heads=heads, attention_head_dim=width // heads, in_channels=self.channels,
             out_channels=self.channels, text_dim=text_width, freq_dim=128, ffn_dim=4 * width, num_layers=layers, cross_attn_norm=True,
@@ -233,7 +233,7 @@ class Wan(Recipe):
             num_train_timesteps=TIMESTEPS, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0, solver_order=2,
         )  # fmt: skip
 
-    def autoencoder(self) -> nn.Module:
+    def autoencoder(self) -> Any:
         return AutoencoderKLWan(
             base_dim=8, z_dim=self.channels, dim_mult=[1, 2, 4], num_res_blocks=1, temperal_downsample=[True, True],
             latents_mean=[0.0] * self.channels, latents_std=[1.0] * self.channels, scale_factor_temporal=4, scale_factor_spatial=4,
@@ -245,13 +245,13 @@ class Wan(Recipe):
         sigma = level.view(-1, 1, 1, 1, 1)
         return (1 - sigma) * clean + sigma * noise, level * TIMESTEPS, noise - clean
 
-    def encoded(self, autoencoder: nn.Module, clips: torch.Tensor) -> torch.Tensor:
+    def encoded(self, autoencoder: Any, clips: torch.Tensor) -> torch.Tensor:
         return autoencoder.encode(clips).latent_dist.mean
 
-    def decoded(self, autoencoder: nn.Module, latents: torch.Tensor) -> torch.Tensor:
+    def decoded(self, autoencoder: Any, latents: torch.Tensor) -> torch.Tensor:
         return autoencoder.decode(latents).sample
 
-    def pin_posterior(self, autoencoder: nn.Module) -> None:
+    def pin_posterior(self, autoencoder: Any) -> None:
         autoencoder.quant_conv.weight[self.channels :] = 0
         autoencoder.quant_conv.bias[self.channels :] = -10
 
@@ -260,7 +260,7 @@ class Wan(Recipe):
 
         return WanPipeline(**parts)
 
-    def use_float32_attention(self, denoiser: nn.Module) -> None:
+    def use_float32_attention(self, denoiser: Any) -> None:
         from diffusers.models.transformers.transformer_wan import WanAttention
 
         for module in denoiser.modules():

@@ -38,8 +38,8 @@ class Denoiser(nn.Module):
     def __init__(self, recipe: Recipe, tokenizer: Any):
         super().__init__()
         self.channels = recipe.channels
-        self.text_encoder = recipe.text_encoder(len(tokenizer))
-        self.transformer = recipe.denoiser(self.text_encoder.config.d_model)
+        self.text_encoder: Any = recipe.text_encoder(len(tokenizer))
+        self.transformer: Any = recipe.denoiser(self.text_encoder.config.d_model)
 
     def forward(self, noisy, timestep, tokens, token_mask, feature_mask):
         text = self.text_encoder(tokens, attention_mask=token_mask)[0] * feature_mask
@@ -73,6 +73,7 @@ class Stage:
             return min(1.0, (step + 1) / warmup) * (self.decay_to + (1 - self.decay_to) * left)
 
         schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
+        parts: list[Any] = [*optimizers, *schedules]
 
         def blend(averaged: torch.Tensor, current: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
             # Young averages forget faster: at a constant 0.998, the random start would still weigh 13 % after 1,000 steps.
@@ -84,7 +85,7 @@ class Stage:
             state = torch.load(path, weights_only=True)
             model.load_state_dict(state["model"])
             average.load_state_dict(state["average"])
-            for part, saved in zip([*optimizers, *schedules], state["optimizers"] + state["schedules"], strict=True):
+            for part, saved in zip(parts, state["optimizers"] + state["schedules"], strict=True):
                 part.load_state_dict(saved)
             first, spent = state["step"], state["seconds"]
         start, running = time.monotonic() - spent, None
@@ -93,7 +94,7 @@ class Stage:
             loss = loss_of_step(generator, step)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for part in [*optimizers, *schedules]:
+            for part in parts:
                 part.step()
             model.zero_grad(set_to_none=True)
             average.update_parameters(model)
@@ -178,7 +179,7 @@ class LatentSpace:
         return self.decode(frames.flatten(0, 1)).unflatten(0, (len(latents), -1)).transpose(1, 2)
 
 
-def train_autoencoder(space: LatentSpace, args: argparse.Namespace) -> nn.Module:
+def train_autoencoder(space: LatentSpace, args: argparse.Namespace) -> Any:
     """The encoder learns to give the anchored latents, the decoder to give the frames back from slightly noisy ones."""
     recipe, device = space.recipe, args.device
     torch.manual_seed(args.seed)
