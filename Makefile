@@ -8,18 +8,24 @@ STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-tests
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*)
 
-.PHONY: demo test lint bench sanitize clean
+.PHONY: demo test test-all lint bench sanitize clean
 
 demo: $(STAMP)
 	$(BIN)/fastercache demo --out out/demo
 
+# Two processes of one thread each take half the time of one with two threads.
 test: $(TEST_STAMP) lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# What takes longer: more random sequences of use, more random schedules. Its result is bench/results/test_all.md.
+test-all: $(TEST_STAMP) lint
+	$(BIN)/python -m bench.test_all
 
 lint: $(TEST_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 
 bench: $(TEST_STAMP)
 	$(BIN)/python -m pytest bench/test_ops.py --benchmark-only

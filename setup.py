@@ -1,11 +1,12 @@
 """Builds the extensions; everything else about the package is in pyproject.toml.
 
 `fastercache/_ops*.so` holds the CPU ops and `fastercache/_ops_cuda*.so` the CUDA ones (torch's stable ABI, loaded with
-torch.ops.load_library), `fastercache._layout` is a pybind11 module. None is needed: what cannot be built is left out with a message, and
-the package runs on Triton and PyTorch.
+torch.ops.load_library), `fastercache._layout` is a pybind11 module. None is needed: what cannot be built is left out
+with a message, and the package runs on Triton and PyTorch.
 
 FASTERCACHE_BUILD=0 builds nothing; FASTERCACHE_BUILD=require turns anything that cannot be built into an error.
-FASTERCACHE_CUDA=1 compiles the CUDA ops for a torch without CUDA too, FASTERCACHE_CUDA=0 for none. CUDA_HOME says where nvcc is.
+FASTERCACHE_CUDA=1 compiles the CUDA ops for a torch without CUDA too, FASTERCACHE_CUDA=0 for none. CUDA_HOME says where
+nvcc is.
 """
 
 import glob
@@ -17,23 +18,39 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 MODE = os.environ.get("FASTERCACHE_BUILD", "auto")
+if MODE not in ("auto", "0", "require"):
+    raise SystemExit(
+        f"FASTERCACHE_BUILD is {MODE!r}; it must be 0 (build nothing), require (fail where something does not build) "
+        "or auto"
+    )
 TORCH_TARGET_VERSION = "0x020b000000000000"  # torch 2.11, the oldest supported
-ARCHITECTURES = ("80", "90", "100")  # A100, H100, B200; PTX of the last for what comes after
-# -fno-trapping-math: nobody reads the floating-point exception flags, and keeping them stops GCC from vectorising float16's conversions.
+# T4, A100, H100, B200, RTX 50. sm_86 and sm_89 run the code of sm_80, and theirs is as long to 0.4 %.
+ARCHITECTURES = ("75", "80", "90", "100", "120")
+PTX_UP_TO = (
+    100  # the driver makes code for any later device from the last PTX up to this one: sm_110 could not use that of 120
+)
+# -fno-trapping-math: nobody reads the floating-point exception flags, and keeping them stops GCC from vectorising
+# float16's conversions.
 UNIX_FLAGS = ["-O3", "-std=c++20", "-fno-trapping-math", "-fvisibility=hidden", "-g0"]
 FLAGS = ["/O2", "/std:c++20"] if sys.platform == "win32" else UNIX_FLAGS
 
 
 def missing(what: str, error: BaseException) -> None:
     """Says once what is left out and why, or stops the build where it is required."""
-    message = f"fastercache: {what} not built ({type(error).__name__}: {error}); the package works without, on Triton or PyTorch"
+    message = (
+        f"fastercache: {what} not built ({type(error).__name__}: {error}); the package "
+        "works without, on Triton or PyTorch"
+    )
     if MODE == "require":
         raise SystemExit(f"{message}, but FASTERCACHE_BUILD=require")
     print(f"warning: {message}. FASTERCACHE_BUILD=0 skips the build.", file=sys.stderr)
 
 
 def ops_extension() -> tuple[Extension, type[build_ext]]:
-    from torch.utils.cpp_extension import BuildExtension, CppExtension  # its BuildExtension uses ninja where it is installed
+    from torch.utils.cpp_extension import (  # its BuildExtension uses ninja where it is installed
+        BuildExtension,
+        CppExtension,
+    )
 
     extension = CppExtension(
         "fastercache._ops",
@@ -63,7 +80,8 @@ def cuda_extension() -> Extension | None:
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
     targets = [a for a in ARCHITECTURES if f"compute_{a}" in known]  # CUDA before 12.8 does not know 100
     generate = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in targets]
-    generate.append(f"-gencode=arch=compute_{targets[-1]},code=compute_{targets[-1]}")
+    ptx = max(int(a) for a in targets if int(a) <= PTX_UP_TO)
+    generate.append(f"-gencode=arch=compute_{ptx},code=compute_{ptx}")
     # -fmad=false: a fused product and sum is not what the CPU computes, and would round some codes to a neighbour.
     return cpp_extension.CppExtension(
         "fastercache._ops_cuda",
@@ -115,10 +133,19 @@ def extensions() -> tuple[list[Extension], type[build_ext]]:
 
     class BuildOrSkip(base):
         def build_extensions(self) -> None:
-            try:
-                super().build_extensions()
-            except Exception as error:
-                missing("the extensions", error)
+            """Each by itself: torch checks the versions of CUDA and the host compiler for all together, and refuses
+            all."""
+            found = self.extensions
+            for extension in found:
+                before = dict(vars(self.compiler))
+                self.extensions = [extension]
+                try:
+                    super().build_extensions()
+                except Exception as error:
+                    missing(extension.name, error)
+                vars(self.compiler).clear()  # torch wraps its methods
+                vars(self.compiler).update(before)
+            self.extensions = found
 
         def build_extension(self, ext: Extension) -> None:
             try:
@@ -131,9 +158,11 @@ def extensions() -> tuple[list[Extension], type[build_ext]]:
 
 ext_modules, command = extensions()
 setup(
-    packages=find_packages(include=["fastercache", "fastercache.*"]),  # fastercache/triton_kernels is a link to the folder at the top
-    # Spelled out, so that an editable install is one path entry: with setuptools' finder, `import fastercache` from the folder above a
-    # clone finds the clone.
+    packages=find_packages(
+        include=["fastercache", "fastercache.*"]
+    ),  # fastercache/triton_kernels is a link to the folder at the top
+    # Spelled out, so that an editable install is one path entry: with setuptools' finder, `import fastercache` from the
+    # folder above a clone finds the clone.
     package_dir={"": "."},
     ext_modules=ext_modules,
     cmdclass={"build_ext": command},

@@ -1,12 +1,14 @@
 """Builds, tests and measures the ops on a GPU in one command, in under 9 minutes: `python -m bench.gpu --out DIR`.
 
 1. build: installs the package in place, with its extensions (DIR/build.log).
-2. test: the op tests on the GPU (DIR/test.log).
-3. measure: every op against a copy, eager PyTorch and Inductor's code, and the cost of dispatch (DIR/measure.log, `bench.gpu_measure`).
-4. sanitize: compute-sanitizer's memcheck, racecheck and initcheck over a small op test (DIR/memcheck.log, ...).
+2. test, graphs: the op tests and those of CUDA graphs on the GPU, at once (DIR/test.log, DIR/graphs.log).
+3. measure: every op against a copy, eager PyTorch and Inductor's code, and the cost of dispatch (DIR/measure.log,
+`bench.gpu_measure`). 4. sanitize: compute-sanitizer's memcheck, racecheck and initcheck over a small op test
+(DIR/memcheck.log, ...).
 
-DIR/kernels.json and DIR/kernels.md hold the outcome. A row whose median is over 10 % slower than the committed one of the same device
-(bench/results/kernels.json) is printed. A step that fails is reported, and those after it run all the same; the exit status is then 1.
+DIR/kernels.json and DIR/kernels.md hold the outcome. A row whose median is over 10 % slower than the committed one of
+the same device (bench/results/kernels.json) is printed. A step that fails is reported, and those after it run all the
+same; the exit status is then 1.
 
 `--device cpu --scale 0.05` rehearses the measurements on a machine without a GPU: small, and through the same code.
 """
@@ -34,6 +36,7 @@ TOOLS = ("memcheck", "racecheck", "initcheck")
 OPTIONS = ("--error-exitcode", "9", "--print-limit", "20")
 SLOWER = 1.10
 GPU_TEST = "tests/ops/test_gpu.py"
+GPU_TESTS = {"test": GPU_TEST, "graphs": "tests/test_cuda_graphs.py"}
 ENVIRONMENT = os.environ | {"TRITON_INTERPRET": "0", "PYTHONUNBUFFERED": "1"}
 
 Step = dict[str, Any]
@@ -48,7 +51,12 @@ def start(name: str, command: Sequence[str], out: Path, **environment: str) -> S
     log = out / f"{name}.log"
     with log.open("w") as file:
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=ENVIRONMENT | environment, start_new_session=True
+            command,
+            cwd=ROOT,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=ENVIRONMENT | environment,
+            start_new_session=True,
         )
     return {"step": name, "process": process, "log": log, "start": time.monotonic()}
 
@@ -70,23 +78,40 @@ def build(out: Path, minutes: float) -> Step:
     # In place and without a download: the machine's own torch is what is built against.
     install = ["install", "--no-index", "--no-deps", "--no-build-isolation", "--verbose", "--editable", "."]
     step = run("build", [sys.executable, "-m", "pip", *install], out, minutes)
-    left_out = [line.strip() for line in (out / "build.log").read_text(errors="replace").splitlines() if " not built (" in line]
+    left_out = [
+        line.strip() for line in (out / "build.log").read_text(errors="replace").splitlines() if " not built (" in line
+    ]
     return step | ({"last": " ".join(left_out)} if left_out else {})
 
 
-def test(out: Path, minutes: float) -> Step:
-    step = run("test", [sys.executable, "-m", "pytest", GPU_TEST, "--durations=5"], out, minutes)
-    skipped = step["outcome"] == "passed" and " passed" not in step["last"]  # which pytest does not call a failure
-    return step | ({"outcome": "failed: no test ran"} if skipped else {})
+def test(out: Path, minutes: float) -> list[Step]:
+    """At once: compiling the graphs keeps the host busy, and the ops the GPU."""
+    begun = [
+        start(name, [sys.executable, "-m", "pytest", path, "--durations=5"], out) for name, path in GPU_TESTS.items()
+    ]
+    end = time.monotonic() + 60 * minutes
+    steps = [finish(step, (end - time.monotonic()) / 60) for step in begun]
+    for step in steps:
+        if (
+            step["outcome"] == "passed" and " passed" not in step["last"]
+        ):  # all skipped, which pytest does not call a failure
+            step["outcome"] = "failed: no test ran"
+    return steps
 
 
 def sanitize(out: Path, minutes: float) -> list[Step]:
-    """The three tools at once. Without torch's caching allocator each tensor has an allocation of its own, whose bounds the tools know."""
+    """The three tools at once. Without torch's caching allocator each tensor has an allocation of its own, whose bounds
+    the tools know."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(tool).exists():
-        return [{"step": name, "outcome": "not run: compute-sanitizer is not installed", "seconds": 0, "last": ""} for name in TOOLS]
+        return [
+            {"step": name, "outcome": "not run: compute-sanitizer is not installed", "seconds": 0, "last": ""}
+            for name in TOOLS
+        ]
     test = [sys.executable, "-m", "pytest", GPU_TEST, "-k", "every_op_once", "-p", "no:cacheprovider"]
-    begun = [start(name, [tool, "--tool", name, *OPTIONS, *test], out, PYTORCH_NO_CUDA_MEMORY_CACHING="1") for name in TOOLS]
+    begun = [
+        start(name, [tool, "--tool", name, *OPTIONS, *test], out, PYTORCH_NO_CUDA_MEMORY_CACHING="1") for name in TOOLS
+    ]
     end = time.monotonic() + 60 * minutes
     return [finish(step, (end - time.monotonic()) / 60) for step in begun]
 
@@ -110,10 +135,14 @@ def summary(document: dict[str, Any]) -> list[str]:
 
     copy = document["copy_gbps"]
     parts = [
-        f"{document['device']}; a device copy moves {copy:.0f} GB/s, counting bytes read and written." if copy else document["device"],
+        f"{document['device']}; a device copy moves {copy:.0f} GB/s, counting bytes read and written."
+        if copy
+        else document["device"],
         "Served by: " + ", ".join(f"{op} {served[document['kind']]}" for op, served in document["ops"].items()) + ".",
-        "`of copy` is the time of a copy of the same bytes over ours; `vs` the time of the best plain form over ours. Times are means of a "
-        "round over rotating tensors, larger together than twice the last level of cache; their percentiles are over rounds.",
+        "`of copy` is the time of a copy of the same bytes over ours; `vs` the time of the best plain form over ours. "
+        "Times are means of a "
+        "round over rotating tensors, larger together than twice the last level of cache; their percentiles are over "
+        "rounds.",
         op_rows.table(document["rows"]),
         dispatch.dispatch_table(document["dispatch"]),
     ]
@@ -124,7 +153,8 @@ def summary(document: dict[str, Any]) -> list[str]:
     lines = [*document["notes"]]
     lines += [f"Not measured, for want of time: {row['op']}, {row['case']}." for row in document["not_measured"]]
     lines += [
-        f"REGRESSION: {row['op']}, {row['case']}: {row['p50_us'] or 'wrong'} us, committed {row['committed_us']:.1f} us."
+        f"REGRESSION: {row['op']}, {row['case']}: {row['p50_us'] or 'wrong'} us, committed {row['committed_us']:.1f} "
+        "us."
         for row in document["regressions"]
     ]
     return [*parts, *lines]
@@ -137,9 +167,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--scale", type=float, default=1.0, help="share of the tokens and frames to measure with")
     parser.add_argument("--minutes", type=float, default=8.8, help="for everything")
     parser.add_argument("--seconds", type=float, default=0.8, help="time for a case, without its check and compilation")
-    parser.add_argument("--steps", nargs="+", choices=STEPS, default=None, help="default: all on a GPU, `measure` on a CPU")
+    parser.add_argument(
+        "--steps", nargs="+", choices=STEPS, default=None, help="default: all on a GPU, `measure` on a CPU"
+    )
     parser.add_argument("--commit", default=None, help="the commit measured, where git cannot tell")
-    parser.add_argument("--no-inductor", action="store_true", help="leave out Inductor's code, which a CPU takes minutes to compile")
+    parser.add_argument(
+        "--no-inductor", action="store_true", help="leave out Inductor's code, which a CPU takes minutes to compile"
+    )
     args = parser.parse_args(arguments)
     chosen = args.steps or (STEPS if args.device == "cuda" else ("measure",))
     out = args.out.resolve()
@@ -159,11 +193,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "build" in chosen:
         done(build(out, min(MINUTES["build"], left())))
     if "test" in chosen:
-        done(test(out, min(MINUTES["test"], left())))
+        done(*test(out, min(MINUTES["test"], left())))
     if "measure" in chosen:
         minutes = left() - (MINUTES["sanitize"] if "sanitize" in chosen else 0)
-        command = [sys.executable, "-m", "bench.gpu_measure", "--out", str(out), "--device", args.device, "--scale", str(args.scale)]
-        command += ["--seconds", str(args.seconds), "--minutes", str(minutes - 0.4)]  # the case that then runs needs time to end
+        command = [
+            sys.executable,
+            "-m",
+            "bench.gpu_measure",
+            "--out",
+            str(out),
+            "--device",
+            args.device,
+            "--scale",
+            str(args.scale),
+        ]
+        command += [
+            "--seconds",
+            str(args.seconds),
+            "--minutes",
+            str(minutes - 0.4),
+        ]  # the case that then runs needs time to end
         command += [f"--commit={args.commit}"] if args.commit else []
         command += ["--no-inductor"] if args.no_inductor else []
         (out / "kernels.json").unlink(missing_ok=True)
@@ -175,11 +224,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if path.exists():
         document = json.loads(path.read_text())
         document["steps"] = steps
-        document["regressions"] = regressions(document, json.loads(COMMITTED.read_text()) if COMMITTED.exists() else None)
+        document["regressions"] = regressions(
+            document, json.loads(COMMITTED.read_text()) if COMMITTED.exists() else None
+        )
         from bench import report
 
         report.write_whole(path, (report.pretty(document) + "\n").encode())
-        text = "\n\n".join(["# Kernels on a GPU" if args.device == "cuda" else "# Kernels, rehearsed on a CPU", *summary(document)])
+        text = "\n\n".join(
+            ["# Kernels on a GPU" if args.device == "cuda" else "# Kernels, rehearsed on a CPU", *summary(document)]
+        )
         report.write_whole(path.with_suffix(".md"), (text + "\n").encode())
         print(text)
     wrong = not path.exists() or not all(row["correct"] for row in document["rows"])

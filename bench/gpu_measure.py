@@ -1,4 +1,5 @@
-"""The measurements of `bench.gpu`, which runs this in a process of its own: cases until the time is up, the file rewritten after each."""
+"""The measurements of `bench.gpu`, which runs this in a process of its own: cases until the time is up, the file
+rewritten after each."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from bench import op_cases, op_rows, report
 from bench.dispatch import dispatch_bars, dispatch_rows
 from bench.op_rows import Row, against_best
 
-RING_OPS = ("ring_push", "ring_blend", "ring_blend_add")
+RING_OPS = ("ring_push", "ring_push_residual", "ring_blend", "ring_blend_add")
 
 
 def cases(device: str, scale: float) -> Iterator[op_cases.Case]:
@@ -28,6 +29,7 @@ def cases(device: str, scale: float) -> Iterator[op_cases.Case]:
         (case for name, shape in sites.items() for case in op_cases.ring_cases(name, shape, bfloat16, device)),
         [op_cases.skipped_step_case(device, dtype, latents["CogVideoX"]) for dtype in (torch.float32, torch.float16)],
         (case for name, shape in latents.items() for case in op_cases.cfg_cases(name, shape, bfloat16, device)),
+        (case for name, shape in latents.items() for case in op_cases.prediction_cases(name, shape, bfloat16, device)),
         (case for name, shape in sites.items() for case in op_cases.packed_cases(name, shape, bfloat16, device)),
     )
 
@@ -42,10 +44,16 @@ def bars(rows: Sequence[Row], dispatch: Sequence[Row], device: str) -> list[Row]
     return [
         op_rows.bar("ring ops: share of a copy's speed", of(*RING_OPS), lambda row: row["copy_fraction"], 0.9),
         op_rows.bar("ring ops: against the best of eager and Inductor", of(*RING_OPS), against_best, 0.97),
-        op_rows.bar("ring_blend_add: against the best eager form", of("ring_blend_add"), lambda row: row["vs_eager"], 1.4),
-        op_rows.bar("cfg_reconstruct: share of a copy's speed", of("cfg_reconstruct"), lambda row: row["copy_fraction"], 0.9),
+        op_rows.bar(
+            "ring_blend_add: against the best eager form", of("ring_blend_add"), lambda row: row["vs_eager"], 1.4
+        ),
+        op_rows.bar(
+            "cfg_reconstruct: share of a copy's speed", of("cfg_reconstruct"), lambda row: row["copy_fraction"], 0.9
+        ),
         *op_rows.skipped_step_bars(of("cfg_skipped_step"), skipped),
-        op_rows.bar("cfg_split: against cuFFT forward, mask, inverse", of("cfg_split"), lambda row: row["vs_eager"], 1.5),
+        op_rows.bar(
+            "cfg_split: against cuFFT forward, mask, inverse", of("cfg_split"), lambda row: row["vs_eager"], 1.5
+        ),
         *dispatch_bars(dispatch),
     ]
 

@@ -17,7 +17,14 @@ ATTENTION_ALONE = "attention alone"
 
 def find(rows: Sequence[Row], model: str, configuration: str) -> Row | None:
     """The row, if it was measured and is right."""
-    return next((r for r in rows if (r["model"], r["configuration"]) == (model, configuration) and r.get("seconds") and r["correct"]), None)
+    return next(
+        (
+            r
+            for r in rows
+            if (r["model"], r["configuration"]) == (model, configuration) and r.get("seconds") and r["correct"]
+        ),
+        None,
+    )
 
 
 def factor(rows: Sequence[Row], model: str, slower: str, faster: str) -> float | None:
@@ -37,7 +44,11 @@ def factors(rows: Sequence[Row], model: str, ratio: float, default_is_fastest: b
     pairs = [
         ("compilation: eager uncached to compiled uncached", "eager uncached", "compiled uncached"),
         ("schedule: compiled uncached to compiled cached", "compiled uncached", "compiled cached"),
-        ("attention: compiled cached to the same with the fastest attention", "compiled cached", f"compiled cached{suffix}"),
+        (
+            "attention: compiled cached to the same with the fastest attention",
+            "compiled cached",
+            f"compiled cached{suffix}",
+        ),
         ("all together: eager uncached to the last", "eager uncached", f"compiled cached{suffix}"),
         ("schedule, eager", "eager uncached", "eager cached"),
         ("schedule, with the fastest attention", f"compiled uncached{suffix}", f"compiled cached{suffix}"),
@@ -53,17 +64,33 @@ def factors(rows: Sequence[Row], model: str, ratio: float, default_is_fastest: b
 
 
 def bars(rows: Sequence[Row], ratio: float | None, default_is_fastest: bool) -> list[dict[str, Any]]:
-    """The bars of CogVideoX-2B; not measured unless every run they compare was, and is right: the first over whole runs."""
+    """The bars of CogVideoX-2B; not measured unless every run they compare was, and is right: the first over whole
+    runs."""
     best = "compiled cached" if default_is_fastest else "compiled cached, fastest attention"
     both = [find(rows, BAR_MODEL, name) for name in ("compiled uncached", "compiled cached")]
-    schedule = factor(rows, BAR_MODEL, "compiled uncached", "compiled cached") if all(row and row.get("whole") for row in both) else None
+    schedule = (
+        factor(rows, BAR_MODEL, "compiled uncached", "compiled cached")
+        if all(row and row.get("whole") for row in both)
+        else None
+    )
     efficiency = schedule / ratio if schedule and ratio else None
     together = factor(rows, BAR_MODEL, "eager uncached", best)
     values = (
-        (f"speed-up over compiled uncached, as a share of the FLOPs ratio: at least {LEAST_EFFICIENCY:g}", efficiency, LEAST_EFFICIENCY),
-        (f"schedule, compilation and attention together, over eager uncached: at least {LEAST_TOGETHER:g}", together, LEAST_TOGETHER),
+        (
+            f"speed-up over compiled uncached, as a share of the FLOPs ratio: at least {LEAST_EFFICIENCY:g}",
+            efficiency,
+            LEAST_EFFICIENCY,
+        ),
+        (
+            f"schedule, compilation and attention together, over eager uncached: at least {LEAST_TOGETHER:g}",
+            together,
+            LEAST_TOGETHER,
+        ),
     )
-    return [{"bar": bar, "measured": value, "holds": None if value is None else value >= least} for bar, value, least in values]
+    return [
+        {"bar": bar, "measured": value, "holds": None if value is None else value >= least}
+        for bar, value, least in values
+    ]
 
 
 def verdict(holds: bool | None) -> str:
@@ -83,35 +110,69 @@ def configuration_table(rows: Sequence[Row]) -> str:
     cells = []
     for row in rows:
         caches = [number(row.get(key), ".3f", 1e-9) for key in ("cache_bytes_planned", "cache_bytes")]
-        cells.append((
-            row["configuration"], row.get("attention"), number(row.get("seconds"), ".2f"), "whole" if row.get("whole") else None,
-            number(row.get("composed_s"), ".2f"), _phases(row, 1e3, ".1f"), number(row.get("error"), ".2e"),
-            number(row.get("error_limit"), ".2e"), number(row.get("compile_s"), ".1f"), number(row.get("peak_bytes"), ".2f", 1e-9),
-            " / ".join(x for x in caches if x), row["outcome"],
-        ))  # fmt: skip
+        cells.append(
+            (
+                row["configuration"],
+                row.get("attention"),
+                number(row.get("seconds"), ".2f"),
+                "whole" if row.get("whole") else None,
+                number(row.get("composed_s"), ".2f"),
+                _phases(row, 1e3, ".1f"),
+                number(row.get("error"), ".2e"),
+                number(row.get("error_limit"), ".2e"),
+                number(row.get("compile_s"), ".1f"),
+                number(row.get("peak_bytes"), ".2f", 1e-9),
+                " / ".join(x for x in caches if x),
+                row["outcome"],
+            )
+        )
     header = (
-        "configuration", "attention", "seconds", "run", "composed", "ms a step", "error", "limit", "compiling (s)", "peak GB",
-        "cache GB, planned / allocated", "outcome",
-    )  # fmt: skip
+        "configuration",
+        "attention",
+        "seconds",
+        "run",
+        "composed",
+        "ms a step",
+        "error",
+        "limit",
+        "compiling (s)",
+        "peak GB",
+        "cache GB, planned / allocated",
+        "outcome",
+    )
     return report.table(header, cells)
 
 
 def attention_table(rows: Sequence[Row]) -> str:
     cells = [
-        (row["backend"] + (", PyTorch's choice" if row["default"] else ""), number(row["seconds"], ".3f", 1e3),
-         number(row.get("tflops"), ".0f"), number(row.get("difference"), ".1e"), row.get("outcome"))
+        (
+            row["backend"] + (", PyTorch's choice" if row["default"] else ""),
+            number(row["seconds"], ".3f", 1e3),
+            number(row.get("tflops"), ".0f"),
+            number(row.get("difference"), ".1e"),
+            row.get("outcome"),
+        )
         for row in rows
-    ]  # fmt: skip
+    ]
     return report.table(("backend", "ms", "TFLOP/s", "difference", "why not"), cells)
 
 
 def end_to_end_table(rows: Sequence[Row]) -> str:
     cells = [
-        (row["model"], row.get("schedule"), row.get("steps_done"), row.get("cache_format"), _phases(row, 1.0, ".2f"),
-         number(row.get("peak_bytes"), ".1f", 1e-9), number(row.get("cache_bytes_planned"), ".3f", 1e-9),
-         number(row.get("cache_bytes"), ".3f", 1e-9), "right" if row["correct"] else "no", row["outcome"])
+        (
+            row["model"],
+            row.get("schedule"),
+            row.get("steps_done"),
+            row.get("cache_format"),
+            _phases(row, 1.0, ".2f"),
+            number(row.get("peak_bytes"), ".1f", 1e-9),
+            number(row.get("cache_bytes_planned"), ".3f", 1e-9),
+            number(row.get("cache_bytes"), ".3f", 1e-9),
+            "right" if row["correct"] else "no",
+            row["outcome"],
+        )
         for row in rows
-    ]  # fmt: skip
+    ]
     header = (
         "system",
         "schedule",
@@ -131,24 +192,34 @@ def _of_model(model: str, about: dict[str, Any], dtype: str, rows: Sequence[Row]
     counted = about["flops"]
     parts = [
         f"## {model}",
-        f"{about['video']}, {about['steps']} steps of `{about['schedule']}`, {dtype}, random weights, the denoiser alone. FLOPs ratio "
+        f"{about['video']}, {about['steps']} steps of `{about['schedule']}`, {dtype}, random weights, the denoiser "
+        "alone. FLOPs ratio "
         f"{counted['ratio']:.4f} ({counted['uncached'] / 1e15:.3f} to {counted['cached'] / 1e15:.3f} PFLOPs).",
-        "`seconds` of a run: whole where one was timed, else `composed` of the medians of its phases. `error`: the largest over a part of "
-        f"the schedule ({about['part_steps']} steps on given inputs), relative to the eager model's predictions; `limit`: "
-        f"{ERROR_FACTOR:g} times what the eager model differs from a computation in higher precision. No factor is given of a run whose "
+        "`seconds` of a run: whole where one was timed, else `composed` of the medians of its phases. `error`: the "
+        "largest over a part of "
+        f"the schedule ({about['part_steps']} steps on given inputs), relative to the eager model's predictions; "
+        "`limit`: "
+        f"{ERROR_FACTOR:g} times what the eager model differs from a computation in higher precision. No factor is "
+        "given of a run whose "
         "error is over it.",
         configuration_table([row for row in rows if row["configuration"] != ATTENTION_ALONE or not row["correct"]]),
         report.table(
             ("factor", "times", "of the FLOPs ratio"),
-            [(x["factor"], number(x["value"]) or "not measured", number(x["of_flops_ratio"])) for x in about["factors"]],
+            [
+                (x["factor"], number(x["value"]) or "not measured", number(x["of_flops_ratio"]))
+                for x in about["factors"]
+            ],
         ),
     ]
-    kernels = [f"{row['configuration']}: `{row['attention_kernels'][0]}`" for row in rows if row.get("attention_kernels")]
+    kernels = [
+        f"{row['configuration']}: `{row['attention_kernels'][0]}`" for row in rows if row.get("attention_kernels")
+    ]
     if kernels:
         parts.append(f"The kernels of attention, as the profiler saw them: {'; '.join(kernels)}.")
     if about["difference"] is not None:
         parts.append(
-            f"The latents at the end of the compiled cached run differ from the uncached ones by {about['difference']:.3f} of their root "
+            "The latents at the end of the compiled cached run differ from the uncached ones by "
+            f"{about['difference']:.3f} of their root "
             "mean square. With random weights this says nothing of quality."
         )
     if about["attention"]:
@@ -162,21 +233,33 @@ def _of_model(model: str, about: dict[str, Any], dtype: str, rows: Sequence[Row]
 
 def body_of(document: dict[str, Any], rehearsal: bool) -> list[str]:
     """The paragraphs and tables of models.md."""
-    parts = ["A rehearsal, not at the published sizes: no figure here says anything of the models."] if rehearsal else []
+    parts = (
+        ["A rehearsal, not at the published sizes: no figure here says anything of the models."] if rehearsal else []
+    )
     for model, about in document["models"].items():
         parts += _of_model(model, about, document["dtype"], [row for row in document["rows"] if row["model"] == model])
     rows = [row for row in document["rows"] if row["model"] not in document["models"]]
     if rows:
         parts += [
             "## From end to end",
-            "A part of each schedule with all its phases, eager, random weights. `right`: the first step equals the untouched model bit "
-            "for bit, every prediction is finite, and the cache has the bytes that `fastercache.systems` predicts.",
+            "A part of each schedule with all its phases, eager, random weights. `right`: the first step equals the "
+            "untouched model bit "
+            "for bit, every prediction is finite, and the cache has the bytes that `fastercache.report.published` "
+            "predicts.",
             end_to_end_table(rows),
         ]
-    parts += ["## Bars", report.table(
-        ("bar", "measured", "verdict"), [(x["bar"], number(x["measured"]), verdict(x["holds"])) for x in document["bars"]]
-    )]  # fmt: skip
+    parts += [
+        "## Bars",
+        report.table(
+            ("bar", "measured", "verdict"),
+            [(x["bar"], number(x["measured"]), verdict(x["holds"])) for x in document["bars"]],
+        ),
+    ]
     if document["not_measured"]:
         parts.append(f"Not measured, for want of time: {'; '.join(document['not_measured'])}.")
-    notes = [f"- {row['model']}, {row['configuration']}: {note}" for row in document["rows"] for note in dict.fromkeys(row["notes"])]
+    notes = [
+        f"- {row['model']}, {row['configuration']}: {note}"
+        for row in document["rows"]
+        for note in dict.fromkeys(row["notes"])
+    ]
     return [*parts, "\n".join(notes)] if notes else parts

@@ -21,14 +21,17 @@ from torch.overrides import TorchFunctionMode
 import fastercache
 from bench import published
 from fastercache import policies
-from fastercache.families import family_of
-from fastercache.memory import FORMATS, CacheFormat
-from fastercache.plan import Plan, PlannedStep, make_plan
-from fastercache.schedule import Schedule
-from fastercache.systems import SYSTEMS
+from fastercache.cache.budget import FORMATS
+from fastercache.models.registry import family_of
+from fastercache.report.published import SYSTEMS
+from fastercache.schedule.branches import LayoutName, layout_of
+from fastercache.schedule.plan import Phase, Plan, PlannedStep, make_plan
+from fastercache.schedule.schedule import Schedule
+from fastercache.schedule.sites import SiteTree
 
 ERROR_FACTOR = 3.0
-"""A prediction may differ from the eager one by this many times what the eager one differs from a computation in higher precision."""
+"""A prediction may differ from the eager one by this many times what the eager one differs from a computation in higher
+precision."""
 GUIDANCE_SCALE = 6.0
 GPU_BYTES = 80_000_000_000
 """What a larger GPU is taken for, when the cache's format is chosen."""
@@ -50,7 +53,7 @@ class Configuration:
     cached: bool
     compiled: bool = True
     attention: str = "default"
-    cache_format: CacheFormat = "model"
+    cache_format: str = "model"
     mode: str | None = None
     whole: bool = False
 
@@ -70,44 +73,53 @@ CONFIGURATIONS = (
 
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Root mean square of the difference, over that of `expected`. Values that are not finite make it infinite."""
-    error = float((found.double() - expected.double()).square().mean().sqrt() / expected.double().square().mean().sqrt())
+    error = float(
+        (found.double() - expected.double()).square().mean().sqrt() / expected.double().square().mean().sqrt()
+    )
     return error if np.isfinite(error) else float("inf")
 
 
-# ---- schedules ---------------------------------------------------------------------------------------------------------------------------
+# ---- schedules -------------------------------------------------------------------------------------------------------
 
 
-def phase_name(step: PlannedStep) -> str:
-    return ("both" if len(step.branches) > 1 else "cond") + (", blended" if any(group.blend for group in step.groups) else "")
+def phase_name(plan: Plan, step: PlannedStep) -> str:
+    """What a step of the plan does, for people: the branches that run, and whether anything is blended."""
+    if step.phase is None:
+        return "none"
+    blended = any(mode.action == "blend" for mode in plan.phases[step.phase].modes)
+    return ("both" if len(step.branches) > 1 else "cond") + (", blended" if blended else "")
 
 
-def _stored(plan: Plan) -> dict[Any, set[Any]]:
-    """What each phase stores."""
-    found: dict[Any, set[Any]] = {}
-    for step in plan.steps:
-        found.setdefault(step.phase, set()).add(tuple(group.push for group in step.groups))
-    return found
+def _phases(plan: Plan) -> list[Phase | None]:
+    """The phase of each step, `None` where the model is not called."""
+    return [None if step.phase is None else plan.phases[step.phase] for step in plan.steps]
 
 
-def part_with_all(schedule: Schedule, guided: bool, repeats: int = 1, least: int = 4) -> Schedule:
-    """The shortest part of a schedule that has each of its phases so many times (as often as it has itself), with the same caches."""
-    plan = make_plan(schedule, guided)
-    phases = [step.phase for step in plan.steps]
-    wanted = {phase: min(repeats, phases.count(phase)) for phase in plan.phases}
+def _kept(plan: Plan) -> tuple[Any, ...]:
+    """What the caches of a run are made of."""
+    return plan.cadences, plan.cadence_of, plan.maps, plan.predictions, plan.keeps_latents
+
+
+def part_with_all(schedule: Schedule, guided: bool, sites: SiteTree, repeats: int = 1, least: int = 4) -> Schedule:
+    """The shortest part of a schedule that has each of its phases so many times (as often as it has itself), with the
+    same caches."""
+    plan = make_plan(schedule, guided, sites)
+    phases = _phases(plan)
+    wanted = {phase: min(repeats, phases.count(phase)) for phase in phases}
     for length in range(least, len(schedule) + 1):
         for start in range(len(schedule) - length + 1):
             if any(phases[start : start + length].count(phase) < count for phase, count in wanted.items()):
                 continue
             part = schedule.part(start, start + length)
-            other = make_plan(part, guided)
-            found = [step.phase for step in other.steps]
+            other = make_plan(part, guided, sites)
+            found = _phases(other)
             enough = all(found.count(phase) >= count for phase, count in wanted.items())
-            if enough and other.groups == plan.groups and _stored(other) == _stored(plan):
+            if enough and set(found) == set(phases) and _kept(other) == _kept(plan):
                 return part
     return schedule
 
 
-# ---- a model and its runs ----------------------------------------------------------------------------------------------------------------
+# ---- a model and its runs --------------------------------------------------------------------------------------------
 
 
 class Stopwatch:
@@ -140,43 +152,71 @@ class _Attentions(TorchFunctionMode):
         self.largest: list[torch.Tensor] = []
         self.calls = 0
 
-    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if function is F.scaled_dot_product_attention:
             tensors = [*args[:3], *(kwargs[name] for name in ("query", "key", "value") if kwargs and name in kwargs)]
             self.calls += 1
-            if not self.largest or tensors[0].numel() * tensors[1].shape[-2] > self.largest[0].numel() * self.largest[1].shape[-2]:
+            if (
+                not self.largest
+                or tensors[0].numel() * tensors[1].shape[-2] > self.largest[0].numel() * self.largest[1].shape[-2]
+            ):
                 self.largest = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in tensors]
         return function(*args, **(kwargs or {}))
 
 
 class Case:
-    """A system with random weights on a device, its schedule, and what its eager model gives, which the others are held against."""
+    """A system with random weights on a device, its schedule, and what its eager model gives, which the others are held
+    against.
 
-    def __init__(self, system: str, scale: str, device: str, dtype: torch.dtype, steps: int, schedule: str):
+    layout: how the branches make up a step; `None` for what the family's own pipelines do.
+    """
+
+    def __init__(
+        self,
+        system: str,
+        scale: str,
+        device: str,
+        dtype: torch.dtype,
+        steps: int,
+        schedule: str,
+        layout: LayoutName | None = None,
+    ):
         self.system, self.scale, self.device, self.dtype, self.steps = system, scale, device, dtype, steps
         self.model, self.arguments = published.build(system, scale, device, dtype)
         self.family = family_of(self.model)
-        self.order = self.family.order
-        guided = self.order != "none"
-        self.schedule = policies.get(schedule)(steps, guided)
-        self.plan = make_plan(self.schedule, guided)
-        self.part = part_with_all(self.schedule, guided, REPEATS)
-        self.part_plan = make_plan(self.part, guided)
+        self.layout = layout_of(layout or self.family.layout)
+        self.sites = self.family.sites(self.model)
+        self.tree = tuple(site.node for site in self.sites)
+        self.schedule = policies.get(schedule)(steps, self.layout.guided)
+        self.plan = self.plan_of(self.schedule)
+        self.part = part_with_all(self.schedule, self.layout.guided, self.tree, REPEATS)
+        self.part_plan = self.plan_of(self.part)
         self.attentions: dict[str, SDPBackend | None] = {"default": None, "fastest": None}
         self._recorded: dict[str, list[Any]] = {}
         latents = self.family.latents(self.arguments)
         self.latents_name = next(name for name, value in self.arguments.items() if value is latents)
-        self.videos = latents.shape[0] // (1 if self.order in ("none", "uncond-then-cond") else 2)
+        self.videos = latents.shape[0] // (2 if self.layout.guided and not self.layout.two_calls else 1)
         self.first = latents[: self.videos].float()
         text = next(name for name in ("encoder_hidden_states", "y") if name in self.arguments)
         self.other_text = {text: torch.randn_like(self.arguments[text])}
+
+    def plan_of(self, schedule: Schedule) -> Plan:
+        """What a schedule means for this model."""
+        return make_plan(schedule, self.layout.guided, self.tree)
+
+    def described_plan(self) -> Plan:
+        """What the case's schedule means for the published size, whatever the scale of the model is."""
+        return make_plan(self.schedule, self.layout.guided, SYSTEMS[self.system].tree)
 
     def rule(self, steps: int, guidance: bool) -> Schedule:
         """The schedule as a policy: the part where a run is as long as that."""
         return self.part if steps == len(self.part) else self.schedule
 
     def attention(self, name: str) -> Any:
-        """What every forward and compilation of a configuration is under: graphs keep the backend they were traced with."""
+        """What every forward and compilation of a configuration is under: graphs keep the backend they were traced
+        with."""
         backend = self.attentions[name]
         return nullcontext() if backend is None else sdpa_kernel(backend)
 
@@ -186,7 +226,9 @@ class Case:
         rows = len(self.arguments[self.latents_name]) // self.videos
         batch = torch.cat([latents.to(self.arguments[self.latents_name].dtype)] * rows)
         call = self.arguments | {self.latents_name: batch, self.family.time: time_now}
-        return [call | self.other_text, call] if self.order == "uncond-then-cond" else [call]
+        if not self.layout.two_calls:
+            return [call]
+        return [call if branch == "cond" else call | self.other_text for branch in self.layout.order]
 
     def predictions(self, calls: Sequence[dict[str, Any]]) -> torch.Tensor:
         """What the calls of a step predict, in one tensor."""
@@ -195,17 +237,20 @@ class Case:
     def guided(self, predictions: torch.Tensor) -> torch.Tensor:
         """One prediction in the shape of the latents."""
         x = predictions.float()
-        if self.order != "none":
-            uncond, cond = x.chunk(2)[:: -1 if self.order == "cond-first" else 1]
-            x = uncond + GUIDANCE_SCALE * (cond - uncond)
+        if self.layout.guided:
+            of = dict(zip(self.layout.order, x.chunk(2), strict=True))
+            x = of["uncond"] + GUIDANCE_SCALE * (of["cond"] - of["uncond"])
         if x.dim() < self.first.dim():  # a row for each frame
             x = x.unflatten(0, self.first.shape[:2])
         for dim, extent in enumerate(self.first.shape):  # some predict a variance, too
             x = x.narrow(dim, 0, extent)
         return x
 
-    def denoise(self, steps: int, count: int | None = None, keep: list[Any] | None = None) -> tuple[torch.Tensor, list[float]]:
-        """Latents after `count` steps of a run (default: all), and the seconds of each; `keep` gets each step's calls, predictions."""
+    def denoise(
+        self, steps: int, count: int | None = None, keep: list[Any] | None = None
+    ) -> tuple[torch.Tensor, list[float]]:
+        """Latents after `count` steps of a run (default: all), and the seconds of each; `keep` gets each step's calls,
+        predictions."""
         latents, watch = self.first, Stopwatch(self.device)
         watch.lap()
         for index in range(steps if count is None else count):
@@ -219,7 +264,7 @@ class Case:
 
     def part_run(self, keep: list[Any] | None = None) -> list[float]:
         """A run of the part of the schedule on a model that has it; seconds of each step."""
-        with fastercache.run(self.model, steps=len(self.part), cfg=self.order):
+        with fastercache.run(self.model, steps=len(self.part), cfg=self.layout.name):
             return self.denoise(len(self.part), keep=keep)[1]
 
     # ---- what the eager model gives ----
@@ -245,16 +290,22 @@ class Case:
         exact = self.exact
         torch.nn.Module.to(self.model, higher)
         try:
-            return difference(exact, self.predictions([{name: up(value) for name, value in call.items()} for call in self.first_calls]))
+            return difference(
+                exact,
+                self.predictions([{name: up(value) for name, value in call.items()} for call in self.first_calls]),
+            )
         finally:
             torch.nn.Module.to(self.model, self.dtype)
             free()
 
-    def recorded(self, cache_format: CacheFormat) -> list[Any]:
+    def recorded(self, cache_format: str) -> list[Any]:
         """Each step's calls and predictions of an eager cached run of the part."""
         if cache_format not in self._recorded:
             keep: list[Any] = []
-            with self.attention("default"), compiled_by(self, Configuration("", True, False, cache_format=cache_format), "eager"):
+            with (
+                self.attention("default"),
+                compiled_by(self, Configuration("", True, False, cache_format=cache_format), "eager"),
+            ):
                 self.part_run(keep)
             self._recorded[cache_format] = keep
         return self._recorded[cache_format]
@@ -276,15 +327,19 @@ def free() -> None:
 def compiled_by(case: Case, configuration: Configuration, backend: str) -> Iterator[None]:
     """The model as a configuration has it: accelerated, or its blocks compiled as they are, or untouched."""
     model = case.model
-    paths = dict.fromkeys(case.family.block_of(site) for site in case.family.sites(model))
-    blocks = [model.get_submodule(path) for path in paths] if configuration.compiled and not configuration.cached else []
+    paths = case.family.block_paths(model)
+    blocks = (
+        [model.get_submodule(path) for path in paths] if configuration.compiled and not configuration.cached else []
+    )
     try:
         if configuration.cached:
             options: dict[str, Any] = {}
             if configuration.compiled:
                 options = {"backend": backend, "mode": configuration.mode, "regional": configuration.mode is None}
             storage = configuration.cache_format
-            fastercache.compile(model, case.rule, steps=case.steps, cfg=case.order, cache_format=storage, **options)
+            fastercache.compile(
+                model, case.rule, steps=case.steps, cfg=case.layout.name, cache_format=storage, **options
+            )
         for block in blocks:
             block.compile(backend=backend, fullgraph=True, dynamic=False)
         yield
@@ -297,7 +352,7 @@ def compiled_by(case: Case, configuration: Configuration, backend: str) -> Itera
         free()
 
 
-# ---- one configuration -------------------------------------------------------------------------------------------------------------------
+# ---- one configuration -----------------------------------------------------------------------------------------------
 
 
 def kernels_of(call: Callable[[], Any], device: str) -> list[str]:
@@ -309,7 +364,9 @@ def kernels_of(call: Callable[[], Any], device: str) -> list[str]:
         if device == "cuda":
             torch.cuda.synchronize()
     attribute = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
-    events = [event for event in found.key_averages() if re.search("flash|fmha|attention|sdpa", event.key, re.IGNORECASE)]
+    events = [
+        event for event in found.key_averages() if re.search("flash|fmha|attention|sdpa", event.key, re.IGNORECASE)
+    ]
     events = [event for event in events if not event.key.startswith("fastercache::") and getattr(event, attribute) > 0]
     return [event.key[:100] for event in sorted(events, key=lambda event: -getattr(event, attribute))[:2]]
 
@@ -318,13 +375,13 @@ def by_phase(plan: Plan, seconds: Sequence[float]) -> dict[str, float]:
     """Median seconds of a step of each phase."""
     found: dict[str, list[float]] = {}
     for step, spent in zip(plan.steps, seconds, strict=False):
-        found.setdefault(phase_name(step), []).append(spent)
+        found.setdefault(phase_name(plan, step), []).append(spent)
     return {name: float(np.median(values)) for name, values in found.items()}
 
 
 def composed(plan: Plan, phases: dict[str, float]) -> float:
     """Seconds of a whole run whose steps take what the median of their phase takes."""
-    return sum(phases[phase_name(step)] for step in plan.steps)
+    return sum(phases[phase_name(plan, step)] for step in plan.steps)
 
 
 def measure(case: Case, configuration: Configuration, backend: str, left: Callable[[], float], row: Row) -> None:
@@ -348,7 +405,7 @@ def measure(case: Case, configuration: Configuration, backend: str, left: Callab
         graphs = counters["unique_graphs"]
         errors = [difference(first, case.exact)]
         if configuration.cached:
-            with fastercache.run(case.model, steps=len(case.part), cfg=case.order):
+            with fastercache.run(case.model, steps=len(case.part), cfg=case.layout.name):
                 errors += [difference(case.predictions(calls), expected) for calls, expected in recorded]
         row["error"] = max(errors)
         row["correct"] = row["error"] <= row["error_limit"]
@@ -360,15 +417,21 @@ def measure(case: Case, configuration: Configuration, backend: str, left: Callab
 
         if case.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        plan = case.part_plan if configuration.cached else make_plan(policies.none(UNCACHED_STEPS), case.order != "none")
-        spent = case.part_run() if configuration.cached else case.denoise(case.steps, min(UNCACHED_STEPS, case.steps))[1]
-        whole_plan = case.plan if configuration.cached else make_plan(policies.none(case.steps), case.order != "none")
+        plan = case.part_plan if configuration.cached else case.plan_of(policies.none(UNCACHED_STEPS))
+        spent = (
+            case.part_run() if configuration.cached else case.denoise(case.steps, min(UNCACHED_STEPS, case.steps))[1]
+        )
+        whole_plan = case.plan if configuration.cached else case.plan_of(policies.none(case.steps))
         row["phase_s"] = by_phase(plan, spent)
         row["composed_s"] = row["seconds"] = composed(whole_plan, row["phase_s"])
         if configuration.whole and 1.1 * row["composed_s"] > left():
             row["notes"].append("no time was left for a whole run")
         elif configuration.whole:
-            scope = fastercache.run(case.model, steps=case.steps, cfg=case.order) if configuration.cached else nullcontext()
+            scope = (
+                fastercache.run(case.model, steps=case.steps, cfg=case.layout.name)
+                if configuration.cached
+                else nullcontext()
+            )
             synchronize(case)
             start = time.perf_counter()
             with scope:
@@ -394,7 +457,7 @@ def partial_run(case: Case, configuration: Configuration, call: Callable[[], Any
     """The first step of a run, which is then left."""
     if not configuration.cached:
         return call()
-    with fastercache.run(case.model, steps=len(case.part), cfg=case.order):
+    with fastercache.run(case.model, steps=len(case.part), cfg=case.layout.name):
         return call()
 
 
@@ -404,18 +467,27 @@ def synchronize(case: Case) -> None:
 
 
 def attention_rows(case: Case, seconds: float = 0.5) -> list[Row]:
-    """Each backend of `scaled_dot_product_attention` at the model's largest attention; sets the default and the fastest of the case."""
+    """Each backend of `scaled_dot_product_attention` at the model's largest attention; sets the default and the fastest
+    of the case."""
     mode = _Attentions()
     with mode:
         case.predictions(case.first_calls)
-    query, key, value = (torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=case.device).normal_() for x in mode.largest)
+    query, key, value = (
+        torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=case.device).normal_() for x in mode.largest
+    )
     operations = 4 * query.numel() * key.shape[-2]
     default = SDPBackend(torch._fused_sdp_choice(query, key, value))
     names = dict.fromkeys([default.name, *ATTENTIONS])
     rows: list[Row] = []
     expected: torch.Tensor | None = None
     for name in names:
-        row: Row = {"backend": name, "default": name == default.name, "shape": list(query.shape), "calls": mode.calls, "seconds": None}
+        row: Row = {
+            "backend": name,
+            "default": name == default.name,
+            "shape": list(query.shape),
+            "calls": mode.calls,
+            "seconds": None,
+        }
         rows.append(row)
         try:
             with warnings.catch_warnings(), sdpa_kernel(getattr(SDPBackend, name)):
@@ -444,18 +516,17 @@ def attention_rows(case: Case, seconds: float = 0.5) -> list[Row]:
     return rows
 
 
-# ---- from end to end ---------------------------------------------------------------------------------------------------------------------
+# ---- from end to end -------------------------------------------------------------------------------------------------
 
 
 def end_to_end(case: Case, row: Row) -> None:
     """A part of the schedule, eager, with the best cache that fits the device."""
-    system, guided = SYSTEMS[case.system], case.order != "none"
     total = torch.cuda.get_device_properties(0).total_memory if case.device == "cuda" else GPU_BYTES
-    best = system.fitting_format(case.plan, min(total, GPU_BYTES))
+    best = SYSTEMS[case.system].fitting_format(case.described_plan(), min(total, GPU_BYTES))
     if best is None:
         row["outcome"] = f"no cache format fits {total / 1e9:.0f} GB"
         return
-    case.part = part_with_all(case.schedule, guided)
+    case.part = part_with_all(case.schedule, case.layout.guided, case.tree)
     for cache_format in FORMATS[FORMATS.index(best) :]:
         try:
             run_part(case, cache_format, row)
@@ -466,8 +537,7 @@ def end_to_end(case: Case, row: Row) -> None:
         free()
 
 
-def run_part(case: Case, cache_format: CacheFormat, row: Row) -> None:
-    system, guided = SYSTEMS[case.system], case.order != "none"
+def run_part(case: Case, cache_format: str, row: Row) -> None:
     exact = case.exact
     keep: list[Any] = []
     if case.device == "cuda":
@@ -476,14 +546,20 @@ def run_part(case: Case, cache_format: CacheFormat, row: Row) -> None:
         seconds = case.part_run(keep)
         summary = fastercache.summary(case.model)
     predictions = [found for _, found in keep]
-    row |= {"cache_format": cache_format, "phase_s": by_phase(make_plan(case.part, guided), seconds), "chart": case.part.chart()}
+    row |= {
+        "cache_format": cache_format,
+        "phase_s": by_phase(case.plan_of(case.part), seconds),
+        "chart": case.part.chart(),
+    }
     row |= {"steps_done": summary.steps_done, "ops": summary.implementations}
     row |= {"cache_bytes_planned": summary.cache_bytes_planned, "cache_bytes": summary.cache_bytes}
     row["finite"] = all(bool(x.isfinite().all()) for x in predictions)
     row["error"] = difference(predictions[0], exact)  # the first step computes everything
     if case.device == "cuda":
         row["peak_bytes"] = torch.cuda.max_memory_allocated()
-    described = system.cache_bytes(case.plan, cache_format) if case.scale == "published" else summary.cache_bytes
+    described = summary.cache_bytes
+    if case.scale == "published":
+        described = SYSTEMS[case.system].cache_bytes(case.described_plan(), cache_format)
     as_described = described == summary.cache_bytes_planned == summary.cache_bytes
     row["correct"] = as_described and row["finite"] and row["error"] == 0 and summary.steps_done == len(case.part)
     row["notes"] += summary.notes + ([] if as_described else [f"the cache is described with {described} bytes"])

@@ -1,8 +1,9 @@
-"""What is timed of each op, at which sizes and against which plain forms: the cases that `bench.gpu` and `bench.cpu_ops` share.
+"""What is timed of each op, at which sizes and against which plain forms: the cases that `bench.gpu` and
+`bench.cpu_ops` share.
 
-A case makes sets of tensors, and has forms that all do the same to a set: `ours`, the best plain PyTorch (`eager ...`), and Inductor's code
-for the reference expression (`inductor`). The plain forms are given their slots and coefficients as they like them best: views made
-beforehand, Python numbers.
+A case makes sets of tensors, and has forms that all do the same to a set: `ours`, the best plain PyTorch (`eager ...`),
+and Inductor's code for the reference expression (`inductor`). The plain forms are given their slots and coefficients as
+they like them best: views made beforehand, Python numbers.
 """
 
 from __future__ import annotations
@@ -16,19 +17,22 @@ from types import SimpleNamespace
 import torch
 
 from fastercache import ops
-from fastercache.triton_kernels import cfg_reconstruct, cfg_split, packed, ring_blend, ring_push
+from fastercache.triton_kernels import cfg_reconstruct, cfg_split, packed, prediction_blend, ring_blend, ring_push
 
 Tensors = SimpleNamespace
 Form = Callable[[Tensors], object]
 
 SITES = {"CogVideoX-2B": (17776, 1920), "Open-Sora": (90630, 1152), "HunyuanVideo": (119056, 3072)}
-"""Tokens and channels of one branch's output of a site: 49 frames at 480 x 720, 57 latent frames at 480 x 848, 129 frames at 720 x 1280."""
+"""Tokens and channels of one branch's output of a site: 49 frames at 480 x 720, 57 latent frames at 480 x 848, 129
+frames at 720 x 1280."""
 LATENTS = {"CogVideoX": (13, 16, 60, 90), "Latte": (16, 4, 64, 64), "Open-Sora": (57, 4, 60, 106)}
 """Frames, channels, height and width of one branch's prediction."""
 AS_RELEASED = "as released: fft2, fftshift, mask, ifftshift, ifft2"
 FORMATS = {"int8": 8, "int8-int4": 4}
-W, LOW, HIGH, GUIDANCE = 0.4, 1.2, 1.0, 7.5
-"""w of Eq. 5, w1 and w2 of Eq. 9 and 10, and the guidance scale."""
+W, LOW, HIGH = 0.4, 1.2, 1.0
+"""w of Eq. 5, w1 and w2 of Eq. 9 and 10."""
+PREVIOUS, NOW, NEWEST, FRESH = -0.5, 0.3, -0.2, 0.9
+"""Weights of the third CFG map, of the latents, and of a fresh prediction."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,21 @@ class Case:
     tolerances: Sequence[float]
     slack: float = 4.0
 
+    @property
+    def served_by(self) -> str:
+        """The op behind `ours`."""
+        return "cfg_reconstruct" if self.op == "cfg_skipped_step" else self.op
+
+    def implementation(self, form: str, device: str) -> str:
+        """What runs in a form, such as "C++" or "PyTorch"."""
+        plain = "Inductor" if form == "inductor" else "PyTorch"
+        if form != "ours" or self.served_by not in ops.implementations():
+            return plain
+        return ops.implementation(self.served_by, torch.device(device))
+
     def error(self, form: str) -> tuple[float, bool]:
-        """The largest error of a form as a share of the largest expected magnitude, and whether it is within tolerance."""
+        """The largest error of a form as a share of the largest expected magnitude, and whether it is within
+        tolerance."""
         tensors = self.buffers()
         expected = self.expected(tensors)
         self.forms[form](tensors)
@@ -76,39 +93,85 @@ def one_rounding(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2 + 4 * torch.finfo(torch.float32).eps
 
 
-def make_row(device: str, coefficients: Sequence[float]) -> torch.Tensor:
+def make_coefficients(device: str, taps: Sequence[float]) -> torch.Tensor:
     """Taps from the newest in slot 1 to older ones in slot 0; a push writes slot 2."""
-    row = torch.zeros(ops.ROW_SIZE)
-    row[ops.Row.COEFFICIENT : ops.Row.COEFFICIENT + len(coefficients)] = torch.tensor(coefficients)
-    row[ops.Row.READ_SLOT], row[ops.Row.WRITE_SLOT], row[ops.Row.TAPS] = 1, 2, len(coefficients)
-    row[ops.Row.LOW], row[ops.Row.HIGH] = LOW, HIGH
-    return row.to(device)
+    coefficients = torch.zeros(ops.COEFFICIENT_COUNT)
+    coefficients[ops.Coefficient.OF_TAP : ops.Coefficient.OF_TAP + len(taps)] = torch.tensor(taps)
+    (
+        coefficients[ops.Coefficient.READ_SLOT],
+        coefficients[ops.Coefficient.WRITE_SLOT],
+        coefficients[ops.Coefficient.TAPS],
+    ) = 1, 2, len(taps)
+    coefficients[ops.Coefficient.LOW], coefficients[ops.Coefficient.HIGH], coefficients[ops.Coefficient.PREVIOUS] = (
+        LOW,
+        HIGH,
+        PREVIOUS,
+    )
+    coefficients[ops.Coefficient.NOW], coefficients[ops.Coefficient.NEWEST], coefficients[ops.Coefficient.FRESH] = (
+        NOW,
+        NEWEST,
+        FRESH,
+    )
+    return coefficients.to(device)
 
 
-# What Inductor compiles. Coefficients come from the device, as a graph that serves all steps needs; the sum is rounded once, as ours is.
+# What Inductor compiles. Coefficients come from the device, as a graph that serves all steps needs; the sum is rounded
+# once, as ours is.
 
 
 def push_expression(slot: torch.Tensor, x: torch.Tensor) -> None:
     slot.copy_(x)
 
 
-def reuse_expression(out: torch.Tensor, row: torch.Tensor, newest: torch.Tensor) -> None:
-    out.copy_(row[0] * newest.float())
+def push_residual_expression(slot: torch.Tensor, x: torch.Tensor, entry: torch.Tensor) -> None:
+    slot.copy_(x.float() - entry.float())
 
 
-def blend_expression(out: torch.Tensor, row: torch.Tensor, newest: torch.Tensor, older: torch.Tensor) -> None:
-    out.copy_(row[0] * newest.float() + row[1] * older.float())
+def reuse_expression(out: torch.Tensor, coefficients: torch.Tensor, newest: torch.Tensor) -> None:
+    out.copy_(coefficients[0] * newest.float())
 
 
-def blend_add_expression(x: torch.Tensor, gate: torch.Tensor, row: torch.Tensor, newest: torch.Tensor, older: torch.Tensor) -> None:
-    x.copy_(x.float() + gate.float() * (row[0] * newest.float() + row[1] * older.float()))
+def blend_expression(out: torch.Tensor, coefficients: torch.Tensor, newest: torch.Tensor, older: torch.Tensor) -> None:
+    out.copy_(coefficients[0] * newest.float() + coefficients[1] * older.float())
+
+
+def blend_add_expression(
+    x: torch.Tensor, gate: torch.Tensor, coefficients: torch.Tensor, newest: torch.Tensor, older: torch.Tensor
+) -> None:
+    x.copy_(x.float() + gate.float() * (coefficients[0] * newest.float() + coefficients[1] * older.float()))
 
 
 def reconstruct_expression(
-    copied: torch.Tensor, rebuilt: torch.Tensor, cond: torch.Tensor, low: torch.Tensor, high: torch.Tensor, row: torch.Tensor
+    copied: torch.Tensor,
+    rebuilt: torch.Tensor,
+    cond: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    coefficients: torch.Tensor,
 ) -> None:
-    rebuilt.copy_(cond.float() + row[ops.Row.LOW] * low + row[ops.Row.HIGH] * high)
+    rebuilt.copy_(cond.float() + coefficients[ops.Coefficient.LOW] * low + coefficients[ops.Coefficient.HIGH] * high)
     copied.copy_(cond)
+
+
+def predict_expression(
+    out: torch.Tensor,
+    coefficients: torch.Tensor,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    newest: torch.Tensor,
+    now: torch.Tensor,
+) -> None:
+    taps = coefficients[0] * first.float() + coefficients[1] * second.float()
+    out.copy_(
+        taps + coefficients[ops.Coefficient.NOW] * now.float() + coefficients[ops.Coefficient.NEWEST] * newest.float()
+    )
+
+
+def correct_expression(
+    fresh: torch.Tensor, coefficients: torch.Tensor, tap: torch.Tensor, newest: torch.Tensor, now: torch.Tensor
+) -> None:
+    latents = coefficients[ops.Coefficient.NOW] * now.float() + coefficients[ops.Coefficient.NEWEST] * newest.float()
+    fresh.copy_(coefficients[0] * tap.float() + latents + coefficients[ops.Coefficient.FRESH] * fresh.float())
 
 
 @cache
@@ -119,15 +182,25 @@ def compiled(function: Callable[..., None]) -> Callable[..., None]:
 def ring_cases(name: str, shape: tuple[int, int], dtype: torch.dtype, device: str) -> Iterator[Case]:
     """Push, blend of one and of two taps, and blend-add in the model's dtype; `shape` is tokens and channels."""
     elements, itemsize, rounding = math.prod(shape), dtype.itemsize, one_rounding(dtype)
-    one, two = make_row(device, [1.0]), make_row(device, [1 + W, -W])
+    one, two = make_coefficients(device, [1.0]), make_coefficients(device, [1 + W, -W])
 
     def buffers() -> Tensors:
         ring = torch.randn((3, 1, *shape), dtype=dtype, device=device)
         ring[2] = torch.nan
         x = torch.randn((1, *shape), dtype=dtype, device=device)
+        entry = torch.randn_like(x)
         gate = torch.full((1, 1, shape[1]), 0.01, dtype=dtype, device=device)
         older, newest, slot = ring
-        return Tensors(ring=ring, older=older, newest=newest, slot=slot, x=x, gate=gate, out=torch.full_like(x, torch.nan))
+        return Tensors(
+            ring=ring,
+            older=older,
+            newest=newest,
+            slot=slot,
+            x=x,
+            entry=entry,
+            gate=gate,
+            out=torch.full_like(x, torch.nan),
+        )
 
     def blended(t: Tensors) -> torch.Tensor:
         return two[0].double() * t.newest.double() + two[1].double() * t.older.double()
@@ -143,6 +216,20 @@ def ring_cases(name: str, shape: tuple[int, int], dtype: torch.dtype, device: st
             "inductor": lambda t: compiled(push_expression)(t.slot, t.x),
         },
         lambda t: [t.x.clone()],
+        lambda t: [t.slot],
+        [0.0],
+    )
+    yield Case(
+        "ring_push_residual",
+        name,
+        ring_push.bytes_moved(elements, itemsize, residual=True),
+        buffers,
+        {
+            "ours": lambda t: ops.ring_push_residual(t.ring, t.x, t.entry, one),
+            "eager sub": lambda t: torch.sub(t.x, t.entry, out=t.slot),
+            "inductor": lambda t: compiled(push_residual_expression)(t.slot, t.x, t.entry),
+        },
+        lambda t: [t.x - t.entry],
         lambda t: [t.slot],
         [0.0],
     )
@@ -182,7 +269,9 @@ def ring_cases(name: str, shape: tuple[int, int], dtype: torch.dtype, device: st
         {
             "ours": lambda t: ops.ring_blend_add(t.x, t.gate, t.ring, two),
             "eager lerp, addcmul_": lambda t: t.x.addcmul_(t.gate, torch.lerp(t.newest, t.older, -W, out=t.out)),
-            "eager addcmul_ twice": lambda t: t.x.addcmul_(t.gate, t.newest, value=1 + W).addcmul_(t.gate, t.older, value=-W),
+            "eager addcmul_ twice": lambda t: t.x.addcmul_(t.gate, t.newest, value=1 + W).addcmul_(
+                t.gate, t.older, value=-W
+            ),
             "inductor": lambda t: compiled(blend_add_expression)(t.x, t.gate, two, t.newest, t.older),
         },
         lambda t: [t.x.double() + t.gate.double() * blended(t)],
@@ -192,29 +281,40 @@ def ring_cases(name: str, shape: tuple[int, int], dtype: torch.dtype, device: st
 
 
 def packed_cases(name: str, shape: tuple[int, int], dtype: torch.dtype, device: str) -> Iterator[Case]:
-    """Push, blend and blend-add of the packed formats, against the reference in plain PyTorch and Inductor's code for it."""
+    """Push, blend and blend-add of the packed formats, against the reference in plain PyTorch and Inductor's code for
+    it."""
     lines, channels = shape
     rounding = one_rounding(dtype)
-    one, two, difference = make_row(device, [1.0]), make_row(device, [1 + W, -W]), make_row(device, [1.0, -1.0])
+    one, two, difference = (
+        make_coefficients(device, [1.0]),
+        make_coefficients(device, [1 + W, -W]),
+        make_coefficients(device, [1.0, -1.0]),
+    )
 
     def cases(label: str, bits: int) -> Iterator[Case]:
         def buffers() -> Tensors:
-            ring = torch.zeros((1, lines, packed.PackedRow(channels, bits).bytes), dtype=torch.uint8, device=device)
+            ring = torch.zeros((1, lines, packed.PackedLine(channels, bits).bytes), dtype=torch.uint8, device=device)
             older = torch.randn((1, *shape), dtype=dtype, device=device)
             x = older + 0.2 * torch.randn_like(older)
             for pushed in (older, x):
                 packed.reference_packed_push(ring, pushed, bits)
             gate = torch.full((1, 1, channels), 0.01, dtype=dtype, device=device)
-            return Tensors(ring=ring, x=x + 0.2 * older, gate=gate, out=torch.full_like(x, torch.nan))
+            entry = 0.1 * torch.randn_like(x)
+            return Tensors(ring=ring, x=x + 0.2 * older, entry=entry, gate=gate, out=torch.full_like(x, torch.nan))
 
-        def read(ring: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+        def read(ring: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
             out = torch.empty((1, *shape), device=device)
-            packed.reference_packed_blend(out, ring, row, bits)
+            packed.reference_packed_blend(out, ring, coefficients, bits)
             return out
 
         def pushed_parts(t: Tensors) -> list[torch.Tensor]:
             ring = t.ring.clone()
             packed.reference_packed_push(ring, t.x, bits)
+            return parts(Tensors(ring=ring))
+
+        def residual_parts(t: Tensors) -> list[torch.Tensor]:
+            ring = t.ring.clone()
+            packed.reference_packed_push_residual(ring, t.x, t.entry, bits)
             return parts(Tensors(ring=ring))
 
         def parts(t: Tensors) -> list[torch.Tensor]:
@@ -234,6 +334,21 @@ def packed_cases(name: str, shape: tuple[int, int], dtype: torch.dtype, device: 
             pushed_parts,
             parts,
             [1.01 / 127, 1.01 / (7 if bits == 4 else 127)],  # a value half-way between two codes may take either
+            slack=1.0,
+        )
+        yield Case(
+            "packed_push_residual",
+            where,
+            packed.push_bytes_moved(lines, channels, bits, dtype.itemsize, residual=True),
+            buffers,
+            {
+                "ours": lambda t: ops.packed_push_residual(t.ring, t.x, t.entry, bits),
+                "eager reference": lambda t: packed.reference_packed_push_residual(t.ring, t.x, t.entry, bits),
+                "inductor": lambda t: compiled(packed.reference_packed_push_residual)(t.ring, t.x, t.entry, bits),
+            },
+            residual_parts,
+            parts,
+            [1.01 / 127, 1.01 / (7 if bits == 4 else 127)],
             slack=1.0,
         )
         yield Case(
@@ -277,10 +392,10 @@ def low_band(shape: Sequence[int], device: str) -> torch.Tensor:
 
 
 def cfg_cases(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Iterator[Case]:
-    """Split, reconstruction and guidance of one prompt's prediction `[frames, channels, H, W]`."""
-    elements, rounding, row = math.prod(shape), one_rounding(dtype), make_row(device, [])
-    mask, radius, scale = low_band(shape, device), min(shape[-2:]) // 5, torch.tensor([GUIDANCE], device=device)
-    w_low, w_high = (row[field].double() for field in (ops.Row.LOW, ops.Row.HIGH))
+    """Split and reconstruction of one prompt's prediction `[frames, channels, H, W]`."""
+    elements, rounding, coefficients = math.prod(shape), one_rounding(dtype), make_coefficients(device, [])
+    mask, radius = low_band(shape, device), min(shape[-2:]) // 5
+    w_low, w_high = (coefficients[field].double() for field in (ops.Coefficient.LOW, ops.Coefficient.HIGH))
     where = f"{name} {'x'.join(map(str, shape))}"
 
     def project(x: torch.Tensor) -> torch.Tensor:
@@ -290,10 +405,11 @@ def cfg_cases(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str
         cond, uncond = (torch.randn((1, *shape), dtype=dtype, device=device) for _ in range(2))
         difference = uncond.double() - cond.double()
         low = project(difference)
-        low, high = low.float(), (difference - low).float()
+        low, high, previous = low.float(), (difference - low).float(), torch.randn_like(low, dtype=torch.float32)
         out = torch.full((2, *shape), torch.nan, dtype=dtype, device=device)
         new_low, new_high = torch.full_like(low, torch.nan), torch.full_like(high, torch.nan)
-        return Tensors(cond=cond, uncond=uncond, low=low, high=high, out=out, new_low=new_low, new_high=new_high, guided=out[1:].clone())
+        maps = Tensors(low=low, high=high, previous=previous, new_low=new_low, new_high=new_high)
+        return Tensors(cond=cond, uncond=uncond, out=out, **vars(maps))
 
     def rebuilt(t: Tensors) -> torch.Tensor:
         return t.cond.double() + w_low * t.low.double() + w_high * t.high.double()
@@ -306,8 +422,9 @@ def cfg_cases(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str
         eager_rebuild(t, t.out[:1])
         t.out[1:].copy_(t.cond)
 
-    def eager_guide(t: Tensors) -> None:
-        torch.lerp(eager_rebuild(t, t.guided), t.cond, GUIDANCE, out=t.guided)
+    def eager_three(t: Tensors) -> None:
+        eager_rebuild(t, t.out[:1]).add_(t.previous, alpha=PREVIOUS)
+        t.out[1:].copy_(t.cond)
 
     def fft_split(t: Tensors) -> None:
         difference = t.uncond.float() - t.cond.float()
@@ -325,47 +442,125 @@ def cfg_cases(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str
         cfg_reconstruct.bytes_moved(elements, dtype.itemsize),
         buffers,
         {
-            "ours": lambda t: ops.cfg_reconstruct(t.out, t.cond, t.low, t.high, row, 1),
+            "ours": lambda t: ops.cfg_reconstruct(t.out, t.cond, t.low, t.high, coefficients, 1),
             "eager add, add_, copy_": eager_reconstruct,
-            "inductor": lambda t: compiled(reconstruct_expression)(t.out[1:], t.out[:1], t.cond, t.low, t.high, row),
+            "inductor": lambda t: compiled(reconstruct_expression)(
+                t.out[1:], t.out[:1], t.cond, t.low, t.high, coefficients
+            ),
         },
         lambda t: [torch.cat([rebuilt(t), t.cond.double()])],
         lambda t: [t.out],
         [rounding],
     )
     yield Case(
-        "cfg_guide",
-        where,
-        elements * (2 * dtype.itemsize + 2 * 4),
+        "cfg_reconstruct",
+        f"{where}, three maps",
+        cfg_reconstruct.bytes_moved(elements, dtype.itemsize, maps=3),
         buffers,
         {
-            "ours": lambda t: ops.cfg_guide(t.cond, t.low, t.high, row, scale, t.guided),
-            "eager add, add_, lerp": eager_guide,
-            "inductor": lambda t: compiled(cfg_reconstruct.reference_cfg_guide)(t.guided, t.cond, t.low, t.high, row, scale),
+            "ours": lambda t: ops.cfg_reconstruct(t.out, t.cond, t.low, t.high, coefficients, 1, t.previous),
+            "eager add, add_ twice, copy_": eager_three,
+            "inductor": lambda t: compiled(cfg_reconstruct.reference_cfg_reconstruct)(
+                t.out, t.cond, t.low, t.high, coefficients, 1, t.previous
+            ),
         },
-        lambda t: [rebuilt(t) + GUIDANCE * (t.cond.double() - rebuilt(t))],
-        lambda t: [t.guided],
+        lambda t: [
+            torch.cat(
+                [rebuilt(t) + coefficients[ops.Coefficient.PREVIOUS].double() * t.previous.double(), t.cond.double()]
+            )
+        ],
+        lambda t: [t.out],
         [rounding],
-        slack=32.0,  # guidance multiplies the rounding of the rebuilt branch
     )
     yield Case(
         "cfg_split",
         where,
         cfg_split.bytes_moved(elements, dtype.itemsize),
         buffers,
-        {"ours": lambda t: ops.cfg_split(t.new_low, t.new_high, t.uncond, t.cond, radius), "eager fft2, mask, ifft2": fft_split},
+        {
+            "ours": lambda t: ops.cfg_split(t.new_low, t.new_high, t.uncond, t.cond, radius),
+            "eager fft2, mask, ifft2": fft_split,
+        },
         exact_maps,
         lambda t: [t.new_low, t.new_high],
         [16 * torch.finfo(torch.float32).eps] * 2,
     )
 
 
-def skipped_step_case(device: str, dtype: torch.dtype, shape: tuple[int, ...] = LATENTS["CogVideoX"]) -> Case:
-    """All the CFG work of a step without an unconditional branch: ours against the paper's formulation with an FFT each way.
+def prediction_cases(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Iterator[Case]:
+    """A prediction from two cached ones and the latents, and a fresh one corrected in place; `shape` is one prompt's
+    prediction."""
+    elements, itemsize, rounding = math.prod(shape), dtype.itemsize, one_rounding(dtype)
+    one, two = make_coefficients(device, [W]), make_coefficients(device, [1 + W, -W])
+    where = f"{name} {'x'.join(map(str, shape))}"
 
-    Both FFT forms compute in float32 and are given the two stored spectra. `as released` does what the authors' code and diffusers' do
-    at every such step: it shifts the spectrum, makes the mask anew and shifts back. The eager form is the best plain one: no shifts, and
-    a mask made beforehand.
+    def buffers() -> Tensors:
+        ring, (newest, now, fresh) = (torch.randn((count, 1, *shape), dtype=dtype, device=device) for count in (2, 3))
+        return Tensors(
+            ring=ring,
+            older=ring[0],
+            tap=ring[1],
+            newest=newest,
+            now=now,
+            fresh=fresh,
+            out=torch.full_like(now, torch.nan),
+        )
+
+    def latents(t: Tensors) -> torch.Tensor:
+        return (
+            two[ops.Coefficient.NOW].double() * t.now.double()
+            + two[ops.Coefficient.NEWEST].double() * t.newest.double()
+        )
+
+    def eager_predict(t: Tensors) -> None:
+        torch.lerp(t.tap, t.older, -W, out=t.out).add_(t.now, alpha=NOW).add_(t.newest, alpha=NEWEST)
+
+    def eager_correct(t: Tensors) -> None:
+        t.fresh.mul_(FRESH).add_(t.tap, alpha=W).add_(t.now, alpha=NOW).add_(t.newest, alpha=NEWEST)
+
+    yield Case(
+        "prediction_blend",
+        f"{where}, 2 taps",
+        prediction_blend.bytes_moved(elements, itemsize, 4),
+        buffers,
+        {
+            "ours": lambda t: ops.prediction_blend(t.out, t.ring, t.newest, t.now, two),
+            "eager lerp, add_ twice": eager_predict,
+            "inductor": lambda t: compiled(predict_expression)(t.out, two, t.tap, t.older, t.newest, t.now),
+        },
+        lambda t: [two[0].double() * t.tap.double() + two[1].double() * t.older.double() + latents(t)],
+        lambda t: [t.out],
+        [rounding],
+    )
+    yield Case(
+        "prediction_blend",
+        f"{where}, 1 tap, fresh in place",
+        prediction_blend.bytes_moved(elements, itemsize, 4),
+        buffers,
+        {
+            "ours": lambda t: ops.prediction_blend(t.fresh, t.ring, t.newest, t.now, one, t.fresh),
+            "eager mul_, add_ three times": eager_correct,
+            "inductor": lambda t: compiled(correct_expression)(t.fresh, one, t.tap, t.newest, t.now),
+        },
+        lambda t: [
+            one[0].double() * t.tap.double() + latents(t) + one[ops.Coefficient.FRESH].double() * t.fresh.double()
+        ],
+        lambda t: [t.fresh],
+        [rounding],
+        # the plain form rounds the changed prediction after each term; under repeated calls it shrinks towards the
+        # others
+        slack=16.0,
+    )
+
+
+def skipped_step_case(device: str, dtype: torch.dtype, shape: tuple[int, ...] = LATENTS["CogVideoX"]) -> Case:
+    """All the CFG work of a step without an unconditional branch: ours against the paper's formulation with an FFT each
+    way.
+
+    Both FFT forms compute in float32 and are given the two stored spectra. `as released` does what the authors' code
+    and diffusers' do
+    at every such step: it shifts the spectrum, makes the mask anew and shifts back. The eager form is the best plain
+    one: no shifts, and a mask made beforehand.
     """
     template = next(cfg_cases(f"CogVideoX {str(dtype).removeprefix('torch.')}", shape, dtype, device))
     mask, planes = low_band(shape, device), (-2, -1)
@@ -393,4 +588,6 @@ def skipped_step_case(device: str, dtype: torch.dtype, shape: tuple[int, ...] = 
 
     forms = {"ours": template.forms["ours"], "eager fft2, mask, ifft2": fft, AS_RELEASED: as_released}
     expected, results = template.expected, template.results
-    return Case("cfg_skipped_step", template.name, template.moved, buffers, forms, expected, results, template.tolerances)
+    return Case(
+        "cfg_skipped_step", template.name, template.moved, buffers, forms, expected, results, template.tolerances
+    )

@@ -14,7 +14,20 @@ from bench.timing import percentiles, time_case
 
 Row = dict[str, Any]
 TIMES = ("p20_us", "p50_us", "p80_us", "gbps", "copy_fraction", "vs_eager", "vs_inductor")
-HEADER = ("op", "case", "MB", "p20 (us)", "p50 (us)", "p80 (us)", "GB/s", "of copy", "vs eager", "vs Inductor", "max error")
+HEADER = (
+    "op",
+    "case",
+    "served by",
+    "MB",
+    "p20 (us)",
+    "p50 (us)",
+    "p80 (us)",
+    "GB/s",
+    "of copy",
+    "vs eager",
+    "vs Inductor",
+    "max error",
+)
 
 
 def measure(case: Case, device: str, seconds: float, with_inductor: bool = True) -> tuple[Row, list[str]]:
@@ -31,7 +44,9 @@ def measure(case: Case, device: str, seconds: float, with_inductor: bool = True)
         try:
             errors[name], right = case.error(name)
         except Exception as error:
-            notes.append(f"{case.op}, {case.name}: {name} failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            notes.append(
+                f"{case.op}, {case.name}: {name} failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            )
             continue
         finally:
             free(device)
@@ -39,7 +54,14 @@ def measure(case: Case, device: str, seconds: float, with_inductor: bool = True)
             forms[name] = form
         else:
             notes.append(f"{case.op}, {case.name}: {name} is wrong, by {errors[name]:.3g} of the largest value")
-    row: Row = {"op": case.op, "case": case.name, "bytes": case.moved, **dict.fromkeys(TIMES), "max_error": errors.get("ours")}
+    row: Row = {
+        "op": case.op,
+        "case": case.name,
+        "bytes": case.moved,
+        **dict.fromkeys(TIMES),
+        "max_error": errors.get("ours"),
+    }
+    row["served_by"] = case.implementation("ours", device)
     row |= {"correct": "ours" in forms, "p50_us_of": {}}
     if row["correct"]:
         times = time_case(case, device, forms, seconds)
@@ -73,10 +95,21 @@ def table(rows: Iterable[Row]) -> str:
         def shown(key: str, spec: str, suffix: str = "") -> str:
             return "-" if row[key] is None else f"{row[key]:{spec}}{suffix}"
 
-        times = [shown(key, ".1f") for key in ("p20_us", "p50_us", "p80_us")] + [shown("gbps", ".1f"), shown("copy_fraction", ".2f")]
+        times = [shown(key, ".1f") for key in ("p20_us", "p50_us", "p80_us")] + [
+            shown("gbps", ".1f"),
+            shown("copy_fraction", ".2f"),
+        ]
         ratios = [shown(key, ".2f", "x") for key in ("vs_eager", "vs_inductor")]
         right = "" if row["correct"] else " WRONG"
-        return [row["op"], row["case"], f"{row['bytes'] / 1e6:.1f}", *times, *ratios, shown("max_error", ".1e") + right]
+        return [
+            row["op"],
+            row["case"],
+            row.get("served_by", "-"),
+            f"{row['bytes'] / 1e6:.1f}",
+            *times,
+            *ratios,
+            shown("max_error", ".1e") + right,
+        ]
 
     return report.table(HEADER, map(cells, rows))
 
@@ -88,7 +121,8 @@ def against_best(row: Row) -> float | None:
 
 
 def skipped_step_bars(rows: Sequence[Row], bound: float) -> list[Row]:
-    """The CFG work of a skipped step against the FFTs that the authors' code runs, and against the best plain form of them."""
+    """The CFG work of a skipped step against the FFTs that the authors' code runs, and against the best plain form of
+    them."""
 
     def against_released(row: Row) -> float | None:
         times = row.get("p50_us_of", {})
@@ -100,7 +134,9 @@ def skipped_step_bars(rows: Sequence[Row], bound: float) -> list[Row]:
     ]
 
 
-def bar(text: str, rows: Sequence[Row], value: Callable[[Row], float | None], bound: float, at_least: bool = True) -> Row:
+def bar(
+    text: str, rows: Sequence[Row], value: Callable[[Row], float | None], bound: float, at_least: bool = True
+) -> Row:
     """The worst of the rows against a bound. One row that is missing a value leaves the whole bar unmeasured."""
     values = [value(row) for row in rows]
     known = [one for one in values if one is not None]

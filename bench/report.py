@@ -1,4 +1,5 @@
-"""What every report shares: the machine and versions it was made with, Markdown tables, and the two files it is written to."""
+"""What every report shares: the machine and versions it was made with, Markdown tables, and the two files it is written
+to."""
 
 from __future__ import annotations
 
@@ -11,14 +12,16 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from fastercache import environment, ops
+from fastercache import ops
+from fastercache.host import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 
 
 def provenance() -> dict[str, Any]:
-    """Machine, versions, commit and date (UTC), as plain data. The machine's load is there because a busy machine spoils timings."""
+    """Machine, versions, commit and date (UTC), as plain data. The machine's load is there because a busy machine
+    spoils timings."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
@@ -41,7 +44,8 @@ def commit() -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table. Cells are shown with `str`; `None` is an empty cell, and a bar or a line break cannot end one early."""
+    """A Markdown table. Cells are shown with `str`; `None` is an empty cell, and a bar or a line break cannot end one
+    early."""
 
     def line(cells: Sequence[object]) -> str:
         if len(cells) != len(header):
@@ -67,7 +71,8 @@ def write(
     commit_measured: str | None = None,
     quiet: bool = False,
 ) -> None:
-    """Write `data` with the environment to `out` (JSON), and the paragraphs and tables of `body` next to it as Markdown; print those.
+    """Write `data` with the environment to `out` (JSON), and the paragraphs and tables of `body` next to it as
+    Markdown; print those.
 
     commit_measured: where git cannot tell. quiet: do not print.
     Each file appears whole or not at all. JSON has no infinities, so a number that is not finite becomes null.
@@ -78,7 +83,8 @@ def write(
     known = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     gpu = f", {machine['gpu']}" if machine["gpu"] else ""
     footer = (
-        f"Made by `{command}` on {facts['date']} at commit `{facts['commit']}`; {machine['cpu']}, {machine['cores']} cores{gpu}; {known}."
+        f"Made by `{command}` on {facts['date']} at commit `{facts['commit']}`; "
+        f"{machine['cpu']}, {machine['cores']} cores{gpu}; {known}."
     )
     text = "\n\n".join([f"# {title}", *body, footer]) + "\n"
     document = {"title": title, "command": command, **facts, **data}
@@ -104,7 +110,14 @@ def pretty(value: Any, indent: str = "") -> str:
     inner = indent + " "
     named = isinstance(value, dict)
     items = [f"{json.dumps(key)}: {pretty(value[key], inner)}" if named else pretty(key, inner) for key in value]
-    return ("{}" if named else "[]")[0] + "\n" + ",\n".join(inner + item for item in items) + "\n" + indent + ("}" if named else "]")
+    return (
+        ("{}" if named else "[]")[0]
+        + "\n"
+        + ",\n".join(inner + item for item in items)
+        + "\n"
+        + indent
+        + ("}" if named else "]")
+    )
 
 
 def _plain(value: Any) -> Any:

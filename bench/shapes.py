@@ -1,7 +1,9 @@
-"""Clips of the embedded "shapes" pipeline for the whole-model benchmarks: held-out prompts and seeds, made in parallel, kept on disk.
+"""Clips of the embedded pipelines for the whole-model benchmarks: held-out prompts and seeds, made in parallel, kept on
+disk.
 
-Every clip is one call of the pipeline with one prompt, as a user makes it. Clips are kept in chunks under `runs/bench-shapes/`, in a folder
-whose name is a hash of all that they depend on, so an interrupted evaluation goes on where it stopped and evaluations share clips.
+Every clip is one call of the pipeline with one prompt, as a user makes it. Clips are kept in chunks under
+`runs/bench-shapes/`, in a folder whose name is a hash of all that they depend on, so an interrupted evaluation goes on
+where it stopped and evaluations share clips.
 """
 
 from __future__ import annotations
@@ -26,20 +28,23 @@ import torch
 
 import fastercache
 from bench import report
-from fastercache import environment, metrics, ops, shapes, triton_kernels
-from fastercache.memory import CacheFormat
-from fastercache.policies import Policy
-from fastercache.shapes.world import SCENES
+from fastercache import ops, shapes, triton_kernels
+from fastercache.host import environment, steady
+from fastercache.report import metrics
+from fastercache.schedule.policies import Policy
 
 WORK = report.ROOT / "runs" / "bench-shapes"
 FIRST_HELD_OUT_SEED = 10_000
-"""Pair i samples from the noise of seed 10_000 + i. Training never samples from the pipeline; keep these seeds out of any tuning of it."""
+"""Pair i samples from the noise of seed 10_000 + i. Training never samples from the pipeline; keep these seeds out of
+any tuning of it."""
 SCENE_STRIDE = 5
-"""Coprime to the 16 scenes: any run of consecutive pairs spreads over colours, shapes and directions, and 16 of them cover every scene."""
+"""Coprime to the 16 and the 96 scenes: any run of consecutive pairs spreads over their words, and so many pairs cover
+every scene."""
 CHUNK = 4
 """Clips of one file, and of one unit of work."""
 PSNR_CEILING = 100.0
-"""In dB; stands for the infinite PSNR of equal clips, so that means stay finite. Frames kept as float16 differ by less than 80 dB only."""
+"""In dB; stands for the infinite PSNR of equal clips, so that means stay finite. Frames kept as float16 differ by less
+than 80 dB only."""
 
 
 @dataclass(frozen=True)
@@ -50,29 +55,33 @@ class Pair:
     seed: int
 
 
-def held_out(pairs: int) -> list[Pair]:
+def held_out(pairs: int, pipeline: str = "shapes") -> list[Pair]:
     """The first so many evaluation pairs: prompts cycle over all scenes, every seed is new."""
-    return [Pair(SCENES[i * SCENE_STRIDE % len(SCENES)].prompt, FIRST_HELD_OUT_SEED + i) for i in range(pairs)]
+    scenes = shapes.PIPELINES[pipeline].world.scenes
+    return [Pair(scenes[i * SCENE_STRIDE % len(scenes)].prompt, FIRST_HELD_OUT_SEED + i) for i in range(pairs)]
 
 
 @dataclass(frozen=True)
 class Variant:
     """A way to make clips.
 
-    schedule: JSON text, or `None` for the untouched pipeline. guided: `False` sets the guidance scale to 1. cache_format: of the caches.
+    schedule: JSON text, or `None` for the untouched pipeline. guided: `False` sets the guidance scale to 1.
+        cache_format: of the caches.
+    pipeline: the embedded one that makes them.
     """
 
     name: str
     schedule: str | None = None
     guided: bool = True
-    cache_format: CacheFormat = "model"
+    cache_format: str = "model"
+    pipeline: str = "shapes"
 
 
 UNCACHED = Variant("uncached")
 UNGUIDED = Variant("unguided", guided=False)
 
 
-def cached(name: str, policy: Policy, steps: int, cache_format: CacheFormat = "model") -> Variant:
+def cached(name: str, policy: Policy, steps: int, cache_format: str = "model") -> Variant:
     """The variant that runs a policy's schedule of that many steps."""
     return Variant(name, replace(policy(steps, True), name="bench").to_json(), cache_format=cache_format)
 
@@ -81,7 +90,8 @@ def cached(name: str, policy: Policy, steps: int, cache_format: CacheFormat = "m
 class Clips:
     """frames: float16 `[n, frames, H, W, 3]` in [0, 1]. seconds: float64 `[n]`, each clip's wall time.
 
-    facts: of a cached run: flops_ratio (uncached over cached, denoiser only), cache_bytes, implementations of the ops. Otherwise empty.
+    facts: of a cached run: flops_ratio (uncached over cached, denoiser only), cache_bytes, implementations of the ops.
+        Otherwise empty.
     """
 
     frames: np.ndarray
@@ -93,23 +103,29 @@ Make = Callable[[Variant, int, Sequence[Pair], bool], Clips]
 """`make(variant, steps, pairs, with_facts)` generates clips."""
 
 
-# ---- generation -------------------------------------------------------------------------------------------------------------------------
+# ---- generation ------------------------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=1)
-def pipeline() -> Any:
-    """The pipeline of this process."""
-    return shapes.load()
+def pipeline(name: str = "shapes") -> Any:
+    """A pipeline of this process, whose allocator it settles: page faults would be part of the seconds."""
+    steady.steady_allocator()
+    return shapes.load(name)
 
 
-def call(pipe: Any, pair: Pair, steps: int, guidance_scale: float) -> np.ndarray:
+def call(pipe: Any, pair: Pair, steps: int, guidance_scale: float, pipeline: str = "shapes") -> np.ndarray:
     """One clip: float32 `[frames, H, W, 3]` in [0, 1]."""
-    options = shapes.CALL | {"num_inference_steps": steps, "guidance_scale": guidance_scale, "output_type": "np"}
+    options = {
+        **shapes.PIPELINES[pipeline].call,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance_scale,
+        "output_type": "np",
+    }
     return pipe(pair.prompt, generator=torch.Generator().manual_seed(pair.seed), **options).frames[0]
 
 
 @contextmanager
-def compiled(pipe: Any, schedule: str | None, cache_format: CacheFormat = "model") -> Iterator[None]:
+def compiled(pipe: Any, schedule: str | None, cache_format: str = "model") -> Iterator[None]:
     """The pipeline runs the schedule inside the block, and is the untouched one after it."""
     if schedule is None:
         yield
@@ -123,13 +139,13 @@ def compiled(pipe: Any, schedule: str | None, cache_format: CacheFormat = "model
 
 def generate(variant: Variant, steps: int, pairs: Sequence[Pair], with_facts: bool) -> Clips:
     """Make clips with this process's pipeline. Counting FLOPs for the facts takes a second or two."""
-    pipe = pipeline()
-    scale = shapes.GUIDANCE_SCALE if variant.guided else 1.0
+    pipe = pipeline(variant.pipeline)
+    scale = guidance_scale(variant)
     frames, seconds, facts = [], [], {}
     with compiled(pipe, variant.schedule, variant.cache_format):
         for pair in pairs:
             start = time.perf_counter()
-            clip = call(pipe, pair, steps, scale)
+            clip = call(pipe, pair, steps, scale, variant.pipeline)
             seconds.append(time.perf_counter() - start)
             frames.append(np.clip(clip, 0, 1).astype(np.float16))
         if with_facts and variant.schedule is not None:
@@ -137,19 +153,31 @@ def generate(variant: Variant, steps: int, pairs: Sequence[Pair], with_facts: bo
     return Clips(np.stack(frames), np.asarray(seconds), facts)
 
 
+def guidance_scale(variant: Variant) -> float:
+    return shapes.PIPELINES[variant.pipeline].guidance_scale if variant.guided else 1.0
+
+
 def run_facts(pipe: Any) -> dict[str, Any]:
     """What `Clips.facts` holds, of the last run of a compiled pipeline."""
     summary = fastercache.summary(pipe)
-    return {"flops_ratio": summary.flops.ratio, "cache_bytes": summary.cache_bytes, "implementations": summary.implementations}
+    return {
+        "flops_ratio": summary.flops.ratio,
+        "cache_bytes": summary.cache_bytes,
+        "implementations": summary.implementations,
+    }
 
 
-# ---- the clips on disk ------------------------------------------------------------------------------------------------------------------
+# ---- the clips on disk -----------------------------------------------------------------------------------------------
 
 
 def identity(variant: Variant, steps: int) -> dict[str, Any]:
     """All that a variant's clips depend on, but for the prompt and the seed. The variant's name is no part of it."""
-    scale = shapes.GUIDANCE_SCALE if variant.guided else 1.0
-    facts: dict[str, Any] = {"pipeline": _pipeline_hash(), "steps": steps, "guidance_scale": scale, "call": dict(shapes.CALL)}
+    facts: dict[str, Any] = {
+        "pipeline": _pipeline_hash(variant.pipeline),
+        "steps": steps,
+        "guidance_scale": guidance_scale(variant),
+        "call": dict(shapes.PIPELINES[variant.pipeline].call),
+    }
     facts["versions"] = {name: environment.version(name) for name in ("torch", "diffusers", "transformers")}
     if variant.schedule is not None:
         facts |= {
@@ -161,24 +189,27 @@ def identity(variant: Variant, steps: int) -> dict[str, Any]:
     return facts
 
 
-@functools.lru_cache(maxsize=1)
-def _pipeline_hash() -> str:
+@functools.lru_cache
+def _pipeline_hash(name: str) -> str:
     """Hash of every file of the pipeline: weights, configurations, tokenizer."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in shapes.PIPELINE.rglob("*") if path.is_file()):
-        digest.update(path.relative_to(shapes.PIPELINE).as_posix().encode() + b"\0" + path.read_bytes())
+    digest, folder = hashlib.sha256(), shapes.PIPELINES[name].path
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
+
+
+NOT_RUNNING = ("shapes", "report", "demo.py", "cli.py")
+"""What of the package has no part in running a schedule; everything else decides what a clip looks like."""
 
 
 @functools.lru_cache(maxsize=1)
 def _code_hash() -> str:
     """Hash of the code that runs a schedule, as syntax trees: a changed comment does not cost the clips made so far."""
     package = Path(fastercache.__file__).parent
-    names = ("engine", "layout", "memory", "ops", "patching", "pipelines", "plan", "schedule")
-    paths = [package / f"{name}.py" for name in names] + sorted((package / "families").glob("*.py"))
     digest = hashlib.sha256()
-    for path in paths + sorted(Path(triton_kernels.__file__).parent.glob("*.py")):
-        digest.update(ast.dump(ast.parse(path.read_text())).encode())
+    for path in sorted(package.rglob("*.py")) + sorted(Path(triton_kernels.__file__).parent.glob("*.py")):
+        if path.parent == Path(triton_kernels.__file__).parent or path.relative_to(package).parts[0] not in NOT_RUNNING:
+            digest.update(ast.dump(ast.parse(path.read_text())).encode())
     for path in sorted(package.glob("_ops*.so")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -247,10 +278,12 @@ def collect(
 ) -> tuple[int, dict[str, Clips]]:
     """Clips of every variant for the same pairs; those on disk are not made again.
 
-    Work goes pair by pair, all variants of a chunk before the next chunk, so that after `minutes` (begun chunks are finished) whole pairs
-    are there. processes: workers with one torch thread each (default: one for each core), or 0 to work in this process.
+    Work goes pair by pair, all variants of a chunk before the next chunk, so that after `minutes` (begun chunks are
+    finished) whole pairs are there. processes: workers with one torch thread each (default: one for each core), or 0 to
+    work in this process.
 
-    Returns the number n of pairs for which every variant is there, and each variant's clips of the first n pairs, by its name.
+    Returns the number n of pairs for which every variant is there, and each variant's clips of the first n pairs, by
+    its name.
     """
     deadline = float("inf") if minutes is None else time.time() + 60 * minutes
     chunks = [(start, tuple(pairs[start : start + CHUNK])) for start in range(0, len(pairs), CHUNK)]
@@ -281,7 +314,9 @@ def collect(
     if not n:
         raise SystemExit("no pair was finished in time; give --minutes more, the clips made so far are kept")
     return n, {
-        name: Clips(np.concatenate([c.frames for c in parts]), np.concatenate([c.seconds for c in parts]), parts[0].facts)
+        name: Clips(
+            np.concatenate([c.frames for c in parts]), np.concatenate([c.seconds for c in parts]), parts[0].facts
+        )
         for name, parts in found.items()
     }
 
@@ -295,7 +330,8 @@ def _run_all(tasks: Sequence[Task], processes: int | None, make: Make) -> None:
             left = spent / number * (len(tasks) - number)
             each = seconds / len(task.pairs)
             print(
-                f"{number}/{len(tasks)} {task.variant.name} {task.path.stem}: {each:.1f} s a clip, about {left / 60:.1f} min left",
+                f"{number}/{len(tasks)} {task.variant.name} {task.path.stem}: {each:.1f} s a clip, about "
+                f"{left / 60:.1f} min left",
                 flush=True,
             )
 
@@ -313,12 +349,15 @@ def _run_all(tasks: Sequence[Task], processes: int | None, make: Make) -> None:
         pool.shutdown(cancel_futures=True)
 
 
-# ---- what the reports share -------------------------------------------------------------------------------------------------------------
+# ---- what the reports share ------------------------------------------------------------------------------------------
 
 
 def similarity(clips: Clips, reference: Clips) -> tuple[np.ndarray, np.ndarray]:
     """PSNR (dB, at most `PSNR_CEILING`) and SSIM of each clip against the reference's, each `[n]`."""
-    pairs = [(a[None].astype(np.float32), b[None].astype(np.float32)) for a, b in zip(clips.frames, reference.frames, strict=True)]
+    pairs = [
+        (a[None].astype(np.float32), b[None].astype(np.float32))
+        for a, b in zip(clips.frames, reference.frames, strict=True)
+    ]
     psnr = np.asarray([min(float(np.mean(metrics.psnr(a, b))), PSNR_CEILING) for a, b in pairs])
     return psnr, np.asarray([float(np.mean(metrics.ssim(a, b))) for a, b in pairs])
 
@@ -328,34 +367,45 @@ def parser(doc: str | None, pairs: int, out: str) -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--pairs", type=int, default=pairs, help=f"(prompt, seed) pairs (default {pairs})")
     options.add_argument("--steps", type=int, default=shapes.STEPS, help=f"denoising steps (default {shapes.STEPS})")
-    options.add_argument("--out", type=Path, default=report.RESULTS / out, help="JSON file; the Markdown table goes next to it")
-    options.add_argument("--work", type=Path, default=WORK, help="folder of the clips; an existing one is resumed")
-    options.add_argument("--processes", type=int, default=None, help="workers of one thread each (default: one for each core)")
     options.add_argument(
-        "--minutes", type=float, default=None, help="begin no clips after this time, and report on the pairs finished by then"
+        "--out", type=Path, default=report.RESULTS / out, help="JSON file; the Markdown table goes next to it"
+    )
+    options.add_argument("--work", type=Path, default=WORK, help="folder of the clips; an existing one is resumed")
+    options.add_argument(
+        "--processes", type=int, default=None, help="workers of one thread each (default: one for each core)"
+    )
+    options.add_argument(
+        "--minutes",
+        type=float,
+        default=None,
+        help="begin no clips after this time, and report on the pairs finished by then",
     )
     return options
 
 
-def settings(steps: int, asked: int, pairs: int) -> dict[str, Any]:
+def settings(steps: int, asked: int, pairs: int, pipeline: str = "shapes") -> dict[str, Any]:
     """How the clips were made, for the JSON."""
+    embedded = shapes.PIPELINES[pipeline]
     return {
         "steps": steps,
-        "guidance_scale": shapes.GUIDANCE_SCALE,
-        "call": dict(shapes.CALL),
+        "guidance_scale": embedded.guidance_scale,
+        "call": dict(embedded.call),
         "pairs": pairs,
         "pairs_asked": asked,
         "first_seed": FIRST_HELD_OUT_SEED,
-        "pipeline_sha256": _pipeline_hash(),
+        "pipeline_sha256": _pipeline_hash(pipeline),
         "dtype": "float32",
     }
 
 
-def described(steps: int, asked: int, pairs: int) -> str:
+def described(steps: int, asked: int, pairs: int, pipeline: str = "shapes") -> str:
     """The same as a sentence."""
+    embedded = shapes.PIPELINES[pipeline]
     short = "" if pairs == asked else f" (of {asked} asked for: the time given was over)"
     seeds = f"seeds {FIRST_HELD_OUT_SEED} to {FIRST_HELD_OUT_SEED + pairs - 1}"
     return (
-        f"{pairs} held-out (prompt, seed) pairs{short} of the embedded pipeline: {seeds}, prompts cycling over all {len(SCENES)} scenes; "
-        f"{steps} steps, guidance {shapes.GUIDANCE_SCALE}, one prompt a call, float32 on the CPU."
+        f'{pairs} held-out (prompt, seed) pairs{short} of the embedded pipeline "{pipeline}": {seeds}, '
+        "prompts cycling over all "
+        f"{len(embedded.world.scenes)} scenes; {steps} steps, guidance {embedded.guidance_scale}, one prompt a call, "
+        "float32 on the CPU."
     )

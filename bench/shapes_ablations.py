@@ -1,7 +1,7 @@
 """The paper's ablations, on the "shapes" pipeline: `python -m bench.shapes_ablations`.
 
-PSNR and SSIM of each variant's clips against the uncached clips of the same pairs, and whether the order of the variants is the paper's.
-Every variant changes one parameter of the paper's schedule.
+PSNR and SSIM of each variant's clips against the uncached clips of the same pairs, and whether the order of the
+variants is the paper's. Every variant changes one parameter of the paper's schedule.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import numpy as np
 
 from bench import report, shapes, stats
 from fastercache import policies
-from fastercache.policies import Policy
+from fastercache.schedule.policies import Policy
 
 PAPER_SOURCE = (
-    'The column "paper" holds the published PSNR in dB (FasterCache, arXiv 2410.19355, ablation tables; Open-Sora, 48 frames, 480P): '
+    'The column "paper" holds the published PSNR in dB (FasterCache, arXiv 2410.19355, ablation tables; '
+    "Open-Sora, 48 frames, 480P): "
     "another model and other clips, so the order of the variants can be compared and the values cannot."
 )
 DEFAULT = "paper schedule"
@@ -39,7 +40,8 @@ def _arm(name: str, label: str, published: float, **parameters: Any) -> Arm:
 
 
 def _default(label: str) -> Arm:
-    """The paper's own schedule, in every group the variant that the others are compared with. It has one published PSNR."""
+    """The paper's own schedule, in every group the variant that the others are compared with. It has one published
+    PSNR."""
     return _arm(DEFAULT, label, 28.41)
 
 
@@ -113,11 +115,23 @@ HEADER = (
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
-    shown = (row["label"], f"{row['psnr_db']:.2f}", f"{row['ssim']:.4f}", f"{row['flops_ratio']:.3f}", f"{row['paper_psnr_db']:.2f}")
+    shown = (
+        row["label"],
+        f"{row['psnr_db']:.2f}",
+        f"{row['ssim']:.4f}",
+        f"{row['flops_ratio']:.3f}",
+        f"{row['paper_psnr_db']:.2f}",
+    )
     if "verdict" not in row:
         return (*shown, "", "", "", "compared with")
     interval = report.between(row["psnr_difference_interval_db"], "+.3f")
-    return (*shown, f"{row['psnr_difference_db']:+.3f}", interval, f"{row['paper_psnr_difference_db']:+.2f}", row["verdict"])
+    return (
+        *shown,
+        f"{row['psnr_difference_db']:+.3f}",
+        interval,
+        f"{row['paper_psnr_difference_db']:+.2f}",
+        row["verdict"],
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -125,7 +139,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     policy_of = {arm.name: arm.policy for arms in GROUPS.values() for arm in arms}
     variants = [shapes.UNCACHED, *(shapes.cached(name, policy, args.steps) for name, policy in policy_of.items())]
     pairs = shapes.held_out(args.pairs)
-    n, clips = shapes.collect(variants, pairs, args.steps, work=args.work, processes=args.processes, minutes=args.minutes)
+    n, clips = shapes.collect(
+        variants, pairs, args.steps, work=args.work, processes=args.processes, minutes=args.minutes
+    )
 
     psnr, ssim = {}, {}
     for name in policy_of:
@@ -136,9 +152,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     body = [
         shapes.described(args.steps, args.pairs, n),
-        "PSNR and SSIM are means over clips, each against the uncached clip of the same pair. A difference is the mean over pairs of a "
-        "variant's PSNR less that of the paper's schedule, with a 95 % t interval over pairs; the verdict compares its sign with that of "
-        f"the published difference. The {comparisons} intervals are not adjusted for their number. The FLOPs ratio is uncached over "
+        "PSNR and SSIM are means over clips, each against the uncached clip of the same pair. A difference is the mean "
+        "over pairs of a "
+        "variant's PSNR less that of the paper's schedule, with a 95 % t interval over pairs; the verdict compares its "
+        "sign with that of "
+        f"the published difference. The {comparisons} intervals are not adjusted for their number. The FLOPs ratio is "
+        "uncached over "
         "cached, of the denoiser.",
         PAPER_SOURCE,
     ]
@@ -148,7 +167,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "settings": shapes.settings(args.steps, args.pairs, n),
         "paper_source": PAPER_SOURCE,
         "groups": groups,
-        "variants": {name: {"seconds_median": float(np.median(one.seconds)), **one.facts} for name, one in clips.items()},
+        "variants": {
+            name: {"seconds_median": float(np.median(one.seconds)), **one.facts} for name, one in clips.items()
+        },
         "per_pair": {name: {"psnr_db": psnr[name].tolist(), "ssim": ssim[name].tolist()} for name in policy_of},
     }
     report.write(args.out, "Shapes: the paper's ablations", "python -m bench.shapes_ablations", data, body)

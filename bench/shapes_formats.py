@@ -1,7 +1,7 @@
 """What storing the caches in fewer bits costs, on the "shapes" pipeline: `python -m bench.shapes_formats`.
 
-PSNR and SSIM of the paper's schedule in each cache format, against the uncached clips of the same pairs, and what a packed format loses to
-the lossless one, pair by pair.
+PSNR and SSIM of the paper's schedule in each cache format, against the uncached clips of the same pairs, and what a
+packed format loses to the lossless one, pair by pair.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 from bench import report, shapes, stats
 from fastercache import policies
-from fastercache.memory import FORMATS
+from fastercache.cache.budget import FORMATS
 
 BARS = {"int8": 0.1}
 """Most PSNR lost to the lossless format, in dB; what is not named here is reported."""
@@ -22,7 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = shapes.parser(__doc__, 32, "shapes_formats.json").parse_args(arguments)
     variants = [shapes.UNCACHED, *(shapes.cached(name, policies.paper, args.steps, name) for name in FORMATS)]
     pairs = shapes.held_out(args.pairs)
-    n, clips = shapes.collect(variants, pairs, args.steps, work=args.work, processes=args.processes, minutes=args.minutes)
+    n, clips = shapes.collect(
+        variants, pairs, args.steps, work=args.work, processes=args.processes, minutes=args.minutes
+    )
 
     psnr, ssim = {}, {}
     for name in FORMATS:
@@ -47,10 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     body = [
         shapes.described(args.steps, args.pairs, n),
-        "PSNR and SSIM are means over clips of the paper's schedule, each against the uncached clip of the same pair. PSNR lost is the "
-        "mean over pairs of the lossless format's PSNR (float32 here) less the row's, with a 95 % t interval; the bar is 0.1 dB for int8. "
+        "PSNR and SSIM are means over clips of the paper's schedule, each against the uncached clip of the same pair. "
+        "PSNR lost is the "
+        "mean over pairs of the lossless format's PSNR (float32 here) less the row's, with a 95 % t interval; the bar "
+        "is 0.1 dB for int8. "
         "Bytes are the whole run's, with the maps of CFG-Cache, which are float32 in every format.",
-        report.table(("format", "cache (MB)", "PSNR (dB)", "SSIM", "PSNR lost (dB)", "95 % interval", "verdict"), cells),
+        report.table(
+            ("format", "cache (MB)", "PSNR (dB)", "SSIM", "PSNR lost (dB)", "95 % interval", "verdict"), cells
+        ),
     ]
     data = {
         "settings": shapes.settings(args.steps, args.pairs, n),

@@ -21,8 +21,8 @@ def wilson(successes: int, n: int) -> Interval:
 def paired_proportions(first: Sequence[bool], second: Sequence[bool]) -> tuple[float, Interval, float]:
     """Difference first - second of two proportions over the same pairs, its interval, and the exact McNemar p-value.
 
-    The interval is Newcombe's score interval for paired data (1998, method 10). It stays honest where few or no pairs disagree; a
-    bootstrap would there give an interval of no width.
+    The interval is Newcombe's score interval for paired data (1998, method 10). It stays honest where few or no pairs
+    disagree; a bootstrap would there give an interval of no width.
     """
     a, b = np.asarray(first, bool), np.asarray(second, bool)
     if a.shape != b.shape or not a.size:

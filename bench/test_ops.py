@@ -1,9 +1,9 @@
 """Microbenchmarks of the ops against the plain PyTorch that does the same: `pytest bench/test_ops.py --benchmark-only`.
 
-The cases are those of `bench.op_cases`, at 16 MB a site (256 MB with `--big`); Inductor's code, which takes minutes to compile on a CPU, is
-timed by `bench.cpu_ops` and `bench.gpu`. Every timing follows a check. The calls of a round rotate among sets of tensors that together
-exceed the last level of cache twice over. `extra_info` holds the bytes that the op must move, the same for all forms of it, and GB/s (1e9
-bytes) at the median.
+The cases are those of `bench.op_cases`, at 16 MB a site (256 MB with `--big`); Inductor's code, which takes minutes to
+compile on a CPU, is timed by `bench.cpu_ops` and `bench.gpu`. Every timing follows a check. The calls of a round rotate
+among sets of tensors that together exceed the last level of cache twice over. `extra_info` holds the bytes that the op
+must move, the same for all forms of it, and GB/s (1e9 bytes) at the median.
 """
 
 from __future__ import annotations
@@ -32,13 +32,21 @@ def cases(device: str, size: float) -> Iterator[Case]:
         if ops.packed_missing(torch.device(device)) is None:
             yield from op_cases.packed_cases(name, shape, dtype, device)
     yield from op_cases.cfg_cases("CogVideoX", op_cases.LATENTS["CogVideoX"], torch.float32, device)
+    yield from op_cases.prediction_cases("CogVideoX", op_cases.LATENTS["CogVideoX"], torch.float32, device)
     yield op_cases.skipped_step_case(device, torch.float32)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     size = BIG if metafunc.config.getoption("--big") else SMALL
-    found = [(device, case, form) for device in DEVICES for case in cases(device, size) for form in case.forms if form != "inductor"]
-    ids = [f"{device}-{case.op}-{case.name}-{form}" for device, case, form in found]
+    found = [
+        (device, case, form)
+        for device in DEVICES
+        for case in cases(device, size)
+        for form in case.forms
+        if form != "inductor"
+    ]
+    shown = {(device, case.op, form): f"{form} in {case.implementation(form, device)}" for device, case, form in found}
+    ids = [f"{device}-{case.op}-{case.name}-{shown[device, case.op, form]}" for device, case, form in found]
     metafunc.parametrize(("device", "case", "form"), found, ids=ids)
 
 
@@ -61,7 +69,7 @@ def test_op(benchmark, device: str, case: Case, form: str) -> None:
         bytes_moved=case.moved,
         buffer_sets=len(sets),
         threads=torch.get_num_threads(),
-        implementation=ops.implementations().get(case.op, {}).get(device) if form == "ours" else "PyTorch",
+        implementation=case.implementation(form, device),
         torch=torch.__version__,
     )
     if benchmark.stats is not None:  # None under --benchmark-disable

@@ -1,4 +1,5 @@
-"""Times of the forms of a case: taking turns, each over sets of tensors that together exceed the last level of cache twice over."""
+"""Times of the forms of a case: taking turns, each over sets of tensors that together exceed the last level of cache
+twice over."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ from bench.op_cases import Case, Tensors
 
 MOST_SETS = 64
 SLEEP_CYCLES = 5_000_000
-"""GPU clock cycles, about 2.5 ms: longer than the host takes to queue a round behind it, so that no launch waits for the host."""
+"""GPU clock cycles, about 2.5 ms: longer than the host mostly takes to queue a round behind it, so that no launch waits
+for the host."""
+LONGEST_SLEEP = 64 * SLEEP_CYCLES
 Times = dict[str, list[float]]
 """Microseconds of a call, one figure for each round, of each form."""
 
@@ -39,20 +42,35 @@ def rotating_sets(case: Case, device: str) -> list[Tensors]:
 
 
 def round_us(calls: list[Callable[[], object]], device: str) -> float:
-    """Microseconds of a call, the mean over one round of them."""
+    """Microseconds of a call, the mean over one round of them.
+
+    On a GPU the round is queued behind a sleep, and is queued again behind a longer one where the sleep was over too
+    soon.
+
+    Raises:
+        RuntimeError: the host cannot queue the round before the GPU begins it, so the time would be the host's.
+    """
     if device == "cpu":
         start = time.perf_counter()
         for call in calls:
             call()
         return (time.perf_counter() - start) / len(calls) * 1e6
-    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(SLEEP_CYCLES)
-    before.record()
-    for call in calls:
-        call()
-    after.record()
-    after.synchronize()
-    return before.elapsed_time(after) / len(calls) * 1e3
+    cycles = SLEEP_CYCLES
+    while cycles <= LONGEST_SLEEP:
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(cycles)
+        before.record()
+        for call in calls:
+            call()
+        after.record()
+        queue_was_full = not before.query()  # still asleep: nothing of the round has begun
+        after.synchronize()
+        if queue_was_full:
+            return before.elapsed_time(after) / len(calls) * 1e3
+        cycles *= 4
+    raise RuntimeError(
+        f"{len(calls)} calls are not queued within {LONGEST_SLEEP:,} GPU cycles: what would be timed is the host"
+    )
 
 
 def time_case(case: Case, device: str, forms: Mapping[str, Callable], seconds: float, rounds: int = 100) -> Times:
@@ -61,9 +79,13 @@ def time_case(case: Case, device: str, forms: Mapping[str, Callable], seconds: f
     `copy` is timed with them: a copy that moves the same bytes on the same device.
     """
     sets = rotating_sets(case, device)
-    source, target = (torch.empty((len(sets), math.ceil(case.moved / 2)), dtype=torch.uint8, device=device) for _ in range(2))
+    source, target = (
+        torch.empty((len(sets), math.ceil(case.moved / 2)), dtype=torch.uint8, device=device) for _ in range(2)
+    )
     source.random_(0, 256)
-    calls: dict[str, list[Callable[[], object]]] = {name: [partial(form, tensors) for tensors in sets] for name, form in forms.items()}
+    calls: dict[str, list[Callable[[], object]]] = {
+        name: [partial(form, tensors) for tensors in sets] for name, form in forms.items()
+    }
     calls["copy"] = [partial(torch.Tensor.copy_, *pair) for pair in zip(target, source, strict=True)]
     times: Times = {name: [] for name in calls}
     for name in calls:

@@ -1,5 +1,5 @@
-// The packed storage formats: two taps of a site's output in a row of bytes for each row of channels. No torch, no CUDA.
-// triton_kernels/packed.py holds the same numbers for Python; tests/ops/test_row.py compares the two.
+// The packed storage formats: two taps of a site's output in a line of bytes for each vector of channels. No torch, no CUDA.
+// triton_kernels/packed.py holds the same numbers for Python; tests/ops/test_packed.py compares the two.
 #pragma once
 
 #include <cstdint>
@@ -15,9 +15,9 @@ namespace fastercache {
 constexpr int PACKED_BLOCK = 128;     // channels that share a scale
 constexpr int PACKED_ALIGNMENT = 16;  // bytes: every part begins where the widest load may
 
-// A row of `channels`: newest output in int8 | difference to the one before it in `bits` bits | float32 scales of either, one a block.
+// A line of `channels`: newest output in int8 | difference to the one before it in `bits` bits | float32 scales of either, one a block.
 // With 4 bits, channels 2i and 2i + 1 are the low and the high half of byte i. With 0 bits there is no difference, and one tap.
-struct PackedRow {
+struct PackedLine {
   int64_t channels;
   int bits;
 

@@ -21,13 +21,18 @@ def load(path: str) -> AllegroPipeline:
 def main(words: Sequence[str] | None = None) -> None:
     given = options(
         words, "Allegro", model="rhymes-ai/Allegro", schedule="paper", height=720, width=1280, frames=88, steps=100
-    )  # fmt: skip
+    )
     pipe = load(given.model)
     fastercache.compile(pipe, given.schedule)
     video = pipe(
-        given.prompt, height=given.height, width=given.width, num_frames=given.frames, num_inference_steps=given.steps,
-        guidance_scale=7.5, output_type="np",
-    )  # fmt: skip
+        given.prompt,
+        height=given.height,
+        width=given.width,
+        num_frames=given.frames,
+        num_inference_steps=given.steps,
+        guidance_scale=7.5,
+        output_type="np",
+    )
     finish(video.frames[0], fastercache.summary(pipe), given.out)
 
 

@@ -20,14 +20,26 @@ def load(path: str) -> CogVideoXPipeline:
 
 def main(words: Sequence[str] | None = None) -> None:
     given = options(
-        words, "CogVideoX-2B", model="THUDM/CogVideoX-2b", schedule="cogvideox-2b/released", height=480, width=720, frames=49, steps=50
-    )  # fmt: skip
+        words,
+        "CogVideoX-2B",
+        model="THUDM/CogVideoX-2b",
+        schedule="cogvideox-2b/released",
+        height=480,
+        width=720,
+        frames=49,
+        steps=50,
+    )
     pipe = load(given.model)
     fastercache.compile(pipe, given.schedule)
     video = pipe(
-        given.prompt, height=given.height, width=given.width, num_frames=given.frames, num_inference_steps=given.steps,
-        guidance_scale=6.0, output_type="np",
-    )  # fmt: skip
+        given.prompt,
+        height=given.height,
+        width=given.width,
+        num_frames=given.frames,
+        num_inference_steps=given.steps,
+        guidance_scale=6.0,
+        output_type="np",
+    )
     finish(video.frames[0], fastercache.summary(pipe), given.out)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from fastercache import media
-from fastercache.report import Summary
+from fastercache.report import media
+from fastercache.report.summary import Summary
 
 
 def options(words: Sequence[str] | None, description: str, **defaults: Any) -> argparse.Namespace:

@@ -20,14 +20,26 @@ def load(path: str) -> HunyuanVideoPipeline:
 
 def main(words: Sequence[str] | None = None) -> None:
     given = options(
-        words, "HunyuanVideo", model="hunyuanvideo-community/HunyuanVideo", schedule="paper", height=720, width=1280, frames=129, steps=50
-    )  # fmt: skip
+        words,
+        "HunyuanVideo",
+        model="hunyuanvideo-community/HunyuanVideo",
+        schedule="paper",
+        height=720,
+        width=1280,
+        frames=129,
+        steps=50,
+    )
     pipe = load(given.model)
     fastercache.compile(pipe, given.schedule, cache_format="int8-int4")
     video = pipe(
-        given.prompt, height=given.height, width=given.width, num_frames=given.frames, num_inference_steps=given.steps,
-        guidance_scale=6.0, output_type="np",
-    )  # fmt: skip
+        given.prompt,
+        height=given.height,
+        width=given.width,
+        num_frames=given.frames,
+        num_inference_steps=given.steps,
+        guidance_scale=6.0,
+        output_type="np",
+    )
     finish(video.frames[0], fastercache.summary(pipe), given.out)
 
 

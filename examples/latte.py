@@ -20,13 +20,18 @@ def load(path: str) -> LattePipeline:
 def main(words: Sequence[str] | None = None) -> None:
     given = options(
         words, "Latte", model="maxin-cn/Latte-1", schedule="latte/released", height=512, width=512, frames=16, steps=50
-    )  # fmt: skip
+    )
     pipe = load(given.model)
     fastercache.compile(pipe, given.schedule)
     video = pipe(
-        given.prompt, height=given.height, width=given.width, video_length=given.frames, num_inference_steps=given.steps,
-        guidance_scale=7.5, output_type="np",
-    )  # fmt: skip
+        given.prompt,
+        height=given.height,
+        width=given.width,
+        video_length=given.frames,
+        num_inference_steps=given.steps,
+        guidance_scale=7.5,
+        output_type="np",
+    )
     finish(video.frames[0], fastercache.summary(pipe), given.out)
 
 

@@ -21,13 +21,18 @@ def load(path: str) -> LTXPipeline:
 def main(words: Sequence[str] | None = None) -> None:
     given = options(
         words, "LTX-Video", model="Lightricks/LTX-Video", schedule="paper", height=480, width=704, frames=161, steps=50
-    )  # fmt: skip
+    )
     pipe = load(given.model)
     fastercache.compile(pipe, given.schedule)
     video = pipe(
-        given.prompt, height=given.height, width=given.width, num_frames=given.frames, num_inference_steps=given.steps,
-        guidance_scale=3.0, output_type="np",
-    )  # fmt: skip
+        given.prompt,
+        height=given.height,
+        width=given.width,
+        num_frames=given.frames,
+        num_inference_steps=given.steps,
+        guidance_scale=3.0,
+        output_type="np",
+    )
     finish(video.frames[0], fastercache.summary(pipe), given.out)
 
 

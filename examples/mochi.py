@@ -20,14 +20,26 @@ def load(path: str) -> MochiPipeline:
 
 def main(words: Sequence[str] | None = None) -> None:
     given = options(
-        words, "Mochi", model="genmo/mochi-1-preview", schedule="mochi/paper", height=480, width=848, frames=163, steps=64
-    )  # fmt: skip
+        words,
+        "Mochi",
+        model="genmo/mochi-1-preview",
+        schedule="mochi/paper",
+        height=480,
+        width=848,
+        frames=163,
+        steps=64,
+    )
     pipe = load(given.model)
     fastercache.compile(pipe, given.schedule, cache_format="int8")
     video = pipe(
-        given.prompt, height=given.height, width=given.width, num_frames=given.frames, num_inference_steps=given.steps,
-        guidance_scale=4.5, output_type="np",
-    )  # fmt: skip
+        given.prompt,
+        height=given.height,
+        width=given.width,
+        num_frames=given.frames,
+        num_inference_steps=given.steps,
+        guidance_scale=4.5,
+        output_type="np",
+    )
     finish(video.frames[0], fastercache.summary(pipe), given.out)
 
 

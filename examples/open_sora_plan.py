@@ -1,4 +1,5 @@
-"""Open-Sora-Plan 1.1, accelerated. With its checkout (v1.1.0) on PYTHONPATH: python examples/open_sora_plan.py "a panda"."""
+"""Open-Sora-Plan 1.1, accelerated. With its checkout (v1.1.0) on PYTHONPATH: python examples/open_sora_plan.py "a
+panda"."""
 
 from __future__ import annotations
 
@@ -30,14 +31,25 @@ def load(path: str) -> Any:
 
 def main(words: Sequence[str] | None = None) -> None:
     given = options(
-        words, "Open-Sora-Plan 1.1", model="LanguageBind/Open-Sora-Plan-v1.1.0", schedule="open-sora-plan-1.1/released",
-        height=512, width=512, frames=65, steps=150,
-    )  # fmt: skip
+        words,
+        "Open-Sora-Plan 1.1",
+        model="LanguageBind/Open-Sora-Plan-v1.1.0",
+        schedule="open-sora-plan-1.1/released",
+        height=512,
+        width=512,
+        frames=65,
+        steps=150,
+    )
     pipe = load(given.model)
     fastercache.compile(pipe, given.schedule)
     video = pipe(
-        given.prompt, height=given.height, width=given.width, num_frames=given.frames, num_inference_steps=given.steps, guidance_scale=7.5
-    ).video  # fmt: skip
+        given.prompt,
+        height=given.height,
+        width=given.width,
+        num_frames=given.frames,
+        num_inference_steps=given.steps,
+        guidance_scale=7.5,
+    ).video
     finish(video[0].numpy() / 255, fastercache.summary(pipe), given.out)
 
 

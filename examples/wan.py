@@ -20,14 +20,26 @@ def load(path: str) -> WanPipeline:
 
 def main(words: Sequence[str] | None = None) -> None:
     given = options(
-        words, "Wan 2.1 and 2.2", model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", schedule="paper", height=480, width=832, frames=81, steps=50
-    )  # fmt: skip
+        words,
+        "Wan 2.1 and 2.2",
+        model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        schedule="paper",
+        height=480,
+        width=832,
+        frames=81,
+        steps=50,
+    )
     pipe = load(given.model)
     fastercache.compile(pipe, given.schedule)
     video = pipe(
-        given.prompt, height=given.height, width=given.width, num_frames=given.frames, num_inference_steps=given.steps,
-        guidance_scale=5.0, output_type="np",
-    )  # fmt: skip
+        given.prompt,
+        height=given.height,
+        width=given.width,
+        num_frames=given.frames,
+        num_inference_steps=given.steps,
+        guidance_scale=5.0,
+        output_type="np",
+    )
     finish(video.frames[0], fastercache.summary(pipe), given.out)
 
 

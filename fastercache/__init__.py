@@ -1,7 +1,8 @@
 """FasterCache for video diffusion transformers: `fastercache.compile(pipe)`."""
 
-from fastercache import policies
 from fastercache.api import compile, disabled, release, restore, run, summary, warmup
+from fastercache.cache.formats import register as register_cache_format
+from fastercache.cache.ring import CacheFormat, Ring, RingSpec
 from fastercache.errors import (
     CacheError,
     CompileError,
@@ -11,25 +12,41 @@ from fastercache.errors import (
     ScheduleError,
     UnsupportedModelError,
 )
-from fastercache.report import Summary
-from fastercache.schedule import Schedule, Step
+from fastercache.models.family import Family
+from fastercache.models.registry import register as register_family
+from fastercache.models.site import Part, Site
+from fastercache.report.summary import Summary
+from fastercache.schedule import policies
+from fastercache.schedule.policies import register as register_policy
+from fastercache.schedule.schedule import Schedule
+from fastercache.schedule.step import Prediction, Step
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CacheError",
+    "CacheFormat",
     "CompileError",
+    "Family",
     "FasterCacheError",
     "FasterCacheWarning",
+    "Part",
+    "Prediction",
+    "Ring",
+    "RingSpec",
     "RunError",
     "Schedule",
     "ScheduleError",
+    "Site",
     "Step",
     "Summary",
     "UnsupportedModelError",
     "compile",
     "disabled",
     "policies",
+    "register_cache_format",
+    "register_family",
+    "register_policy",
     "release",
     "restore",
     "run",

@@ -6,20 +6,25 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 from rich.progress import Progress, TaskID
 from torch import nn
 
-from fastercache import pipelines, policies
-from fastercache.engine import Engine, RunSpec
+from fastercache.cache.budget import CacheBudget
 from fastercache.errors import CompileError, RunError, UnsupportedModelError
-from fastercache.families import BranchOrder, family_of
-from fastercache.graphs import GraphOptions
-from fastercache.memory import CacheBudget, CacheFormat
-from fastercache.policies import Policy
-from fastercache.report import Summary, combined
-from fastercache.schedule import Schedule
+from fastercache.host import pipelines
+from fastercache.host.diffusers import DiffusersHost
+from fastercache.models.hooks import refuse_others_at_work
+from fastercache.models.registry import family_of
+from fastercache.report.summary import Summary, combined
+from fastercache.runtime.engine import Engine
+from fastercache.runtime.graphs import GraphOptions
+from fastercache.runtime.run import RunSpec
+from fastercache.schedule import policies
+from fastercache.schedule.branches import LayoutName, layout_of
+from fastercache.schedule.policies import Policy
+from fastercache.schedule.schedule import Schedule
 
 T = TypeVar("T")
 _ENGINE = "_fastercache_engine"
@@ -30,8 +35,8 @@ def compile(
     schedule: Schedule | Policy | str | Path | None = None,
     *,
     steps: int | None = None,
-    cfg: BranchOrder | None = None,
-    cache_format: CacheFormat | None = None,
+    cfg: LayoutName | None = None,
+    cache_format: str | None = None,
     max_cache_bytes: int | None = None,
     backend: str | Callable[..., Any] | None = None,
     mode: str | None = None,
@@ -41,23 +46,29 @@ def compile(
     """Make a pipeline or a denoiser run a caching schedule; returns the same object.
 
     target: a diffusers pipeline, whose calls then are runs, or a denoiser (`nn.Module` of a known family).
-    schedule: a policy's name (default "paper", see `fastercache.policies`), a policy, a `Schedule`, or the path of its JSON file.
-    steps, cfg: for a denoiser without a pipeline only: every `steps` steps are one run, with guidance as `cfg` says: the two halves of a
-        batch ("uncond-first", "cond-first"), two calls a step ("uncond-then-cond", "cond-then-uncond"), or "none". Without them the model
-        runs uncached, and says so, until `fastercache.run` tells.
-    cache_format: how the cached outputs are stored: "model" (the model's dtype, lossless), "int8" (half of bfloat16's bytes) or "int8-int4"
-        (0.4 of them). None takes the best that fits `max_cache_bytes`: "model" where there is no limit.
-    max_cache_bytes: the most bytes the caches may take, on the denoiser's device. Known at a run's first step, when the shapes are; a run
-        whose caches would not fit raises `CacheError`, which says what would.
-    backend, mode: compile the model too, one full graph for each phase of the schedule; as torch.compile has them, such as
-        backend="inductor", mode="reduce-overhead". The first run compiles, unless `fastercache.warmup` has.
+    schedule: a policy's name (default "paper", see `fastercache.policies`), a policy, a `Schedule`, or the path of its
+        JSON file.
+    steps, cfg: for a denoiser without a pipeline only: every `steps` steps are one run, with guidance as `cfg` says:
+        the two halves of a batch ("uncond-first", "cond-first"), two calls a step ("uncond-then-cond",
+        "cond-then-uncond"), or "none". A run that was left before its last step is known by the next call's shape, or
+        by its timestep, if that goes back (`fastercache.runtime.timesteps` says when it cannot be known);
+        `fastercache.run` tells for certain. Without steps and cfg the model runs uncached, and says so, until
+        `fastercache.run` tells.
+    cache_format: how the cached outputs are stored: "model" (the model's dtype, lossless), "int8" (half of bfloat16's
+        bytes) or "int8-int4" (0.4 of them). None takes the best that fits: "model" wherever it does.
+    max_cache_bytes: the most bytes the caches may take, on the denoiser's device. None: what is free there when a run
+        begins, less what a step takes, counted on its shapes, and a margin. A run whose caches would not fit raises
+        `CacheError` before its first step, which says what would.
+    backend, mode: compile the model too, one full graph for each phase of the schedule; as torch.compile has them, such
+        as backend="inductor", mode="reduce-overhead". The first run compiles, unless `fastercache.warmup` has.
     regional: compile the repeated block, once for all layers, instead of the whole model: much faster to compile.
-    attention_backend: one of diffusers' attention backends by name, such as "flash" or "_native_cudnn", until `restore`. "auto" times,
-        at the first call and once, the installed ones that are exact (none that is quantized, as SageAttention, or would be downloaded)
-        on the model's shapes, and takes the fastest: the summary tells the times. None leaves what `set_attention_backend` has set.
+    attention_backend: one of diffusers' attention backends by name, such as "flash" or "_native_cudnn", until
+        `restore`. "auto" times, at the first call and once, the installed ones that are exact (none that is quantized,
+        as SageAttention, or would be downloaded) on the model's shapes, and takes the fastest: the summary tells the
+        times. None leaves what `set_attention_backend` has set.
 
-    Errors leave the target as it was: `UnsupportedModelError`, `ScheduleError`, `CompileError` (compiled already, by this or by torch; an
-    attention backend that is not there), `CacheError`.
+    Errors leave the target as it was: `UnsupportedModelError`, `ScheduleError`, `CompileError` (compiled already, by
+    this or by torch; an attention backend that is not there), `CacheError`.
     """
     budget = CacheBudget(cache_format, max_cache_bytes)
     if backend is None and (mode is not None or regional):
@@ -67,31 +78,38 @@ def compile(
     if pipelines.is_pipeline(target):
         if steps is not None or cfg is not None:
             raise CompileError("a pipeline tells its own step count and guidance; leave out steps= and cfg=")
+        if pipelines.attached(target):
+            raise CompileError(
+                f"this {type(target).__name__} is compiled by fastercache already; call fastercache.restore first"
+            )
         engines: dict[str, Engine] = {}
         try:
             for component, model in pipelines.denoisers_of(target).items():
                 engines[component] = _install(model, rule, None, budget, options, attention_backend)
-        except Exception:
+            pipelines.attach(target, engines)
+        except BaseException:
             for engine in engines.values():
                 _remove(engine)
             raise
-        pipelines.attach(target, engines)
         return target
     if not isinstance(target, nn.Module):
-        raise UnsupportedModelError(f"cannot compile a {type(target).__name__}; pass a diffusers pipeline or a denoiser (nn.Module)")
+        raise UnsupportedModelError(
+            f"cannot compile a {type(target).__name__}; pass a diffusers pipeline or a denoiser (nn.Module)"
+        )
     if (steps is None) != (cfg is None):
-        raise CompileError(f"steps={steps!r} with cfg={cfg!r}: give both, or neither and enter fastercache.run(model, steps=..., cfg=...)")
+        raise CompileError(
+            f"steps={steps!r} with cfg={cfg!r}: give both, or neither and enter fastercache.run(model, steps=..., "
+            "cfg=...)"
+        )
     default = None if steps is None or cfg is None else _spec(steps, cfg)
     _install(target, rule, default, budget, options, attention_backend)
     return target
 
 
-def _spec(steps: int, cfg: BranchOrder) -> RunSpec:
-    if not isinstance(steps, int) or steps < 1:
-        raise RunError(f"steps is {steps!r}; it must be the number of steps in a run, at least 1")
-    if cfg not in get_args(BranchOrder):
-        raise RunError(f"cfg is {cfg!r}; it must be one of {', '.join(map(repr, get_args(BranchOrder)))}")
-    return RunSpec(steps, cfg)
+def _spec(steps: int, cfg: LayoutName) -> RunSpec:
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise RunError(f"steps is {steps!r}; it must be the number of steps in a run, a whole number of at least 1")
+    return RunSpec(steps, layout_of(cfg))
 
 
 def _install(
@@ -102,66 +120,91 @@ def _install(
     options: GraphOptions | None,
     attention_backend: str | None,
 ) -> Engine:
-    if hasattr(model, "_orig_mod") or any(getattr(part, "_compiled_call_impl", None) is not None for part in model.modules()):
-        raise CompileError(
-            f"{type(getattr(model, '_orig_mod', model)).__name__} is compiled by torch already, and the schedule cannot reach inside its "
-            "graphs; pass the model as it was before torch.compile (for a wrapped model: model._orig_mod)"
-        )
+    refuse_others_at_work(model)
     if hasattr(model, _ENGINE):
-        raise CompileError(f"this {type(model).__name__} is compiled by fastercache already; call fastercache.restore first")
-    if getattr(model, "is_cache_enabled", False):
-        raise CompileError(f"this {type(model).__name__} has a diffusers cache enabled; call model.disable_cache() first")
-    engine = Engine(model, family_of(model), schedule, default, budget, options)
-    if attention_backend is not None:
-        try:
-            engine.attention.use(attention_backend)
-        except Exception:
-            engine.detach()
-            raise
+        raise CompileError(
+            f"this {type(model).__name__} is compiled by fastercache already; call fastercache.restore first"
+        )
+    engine = Engine(
+        model, family_of(model), schedule, default, budget, options, partial(DiffusersHost, attention_backend)
+    )
     setattr(model, _ENGINE, engine)
     return engine
 
 
 def _remove(engine: Engine) -> None:
     engine.detach()
-    delattr(engine.model, _ENGINE)
+    if hasattr(engine.model, _ENGINE):
+        delattr(engine.model, _ENGINE)
+    pipelines.detach(engine)
 
 
 def _engines(target: Any, action: Callable[..., Any]) -> list[Engine]:
-    parts = target.components.values() if pipelines.is_pipeline(target) else [target]
-    found = [getattr(part, _ENGINE) for part in parts if hasattr(part, _ENGINE)]
+    found: list[Engine] = []
+    if pipelines.is_pipeline(target):
+        found += pipelines.attached(target).values()  # of parts, too, that the pipeline has no more
+    for part in target.components.values() if pipelines.is_pipeline(target) else [target]:
+        if hasattr(part, _ENGINE) and getattr(part, _ENGINE) not in found:
+            found.append(getattr(part, _ENGINE))
     if not found:
-        raise CompileError(f"fastercache.{action.__name__}: this {type(target).__name__} is not compiled; call fastercache.compile first")
+        raise CompileError(
+            f"fastercache.{action.__name__}: this {type(target).__name__} is not compiled; call fastercache.compile "
+            "first"
+        )
     return found
 
 
 def restore(target: T) -> T:
-    """Give back the original pipeline or denoiser, untouched, and free the caches; returns the same object."""
-    for engine in _engines(target, restore):
+    """Give back the original pipeline or denoiser, untouched, and free the caches; returns the same object.
+
+    target: the pipeline that was compiled, its denoiser, or another pipeline that shares it: each gives back all of
+        them.
+    """
+    engines = _engines(target, restore)
+    for engine in engines:
+        engine.refuse_under_way("restore the model")
+    for engine in engines:
         _remove(engine)
-    if pipelines.is_pipeline(target):
-        pipelines.detach(target)
     return target
 
 
 def warmup(target: T, *args: Any, progress: bool = True, **kwargs: Any) -> T:
     """Compile every phase of the schedule before the first request; returns the same object.
 
-    target: compiled with a backend. For a pipeline, args and kwargs are those of the calls to come (shapes, step count and guidance count,
-        the prompt does not): it runs up to its first call of the denoiser, and there each phase once. For a denoiser compiled with
-        steps= and cfg=, they are its own, as tensors.
+    target: compiled with a backend. For a pipeline, args and kwargs are those of the calls to come (shapes, step count
+        and guidance count, the prompt does not): it runs up to its first call of the denoiser, and there each phase
+        once. For a denoiser compiled with steps= and cfg=, they are its own, as tensors.
     progress: show a bar.
 
     What was compiled before, by another process too, comes from torch's caches on disk (TORCHINDUCTOR_CACHE_DIR).
     """
     engines = _engines(target, warmup)
-    if engines[0].graphs is None:
-        raise CompileError("there is nothing to warm up: compile with a backend, as in fastercache.compile(pipe, backend='inductor')")
+    if engines[0].gated.graphs is None:
+        raise CompileError(
+            "there is nothing to warm up: compile with a backend, as in fastercache.compile(pipe, backend='inductor')"
+        )
+    if any(engine.is_disabled for engine in engines):
+        raise CompileError(
+            "fastercache.warmup inside fastercache.disabled would compile nothing; leave that block first"
+        )
+    if not pipelines.is_pipeline(target) and not engines[0].knows_its_runs:
+        raise CompileError(
+            "fastercache.warmup would compile nothing: this denoiser does not know how long its runs are; compile it "
+            "with steps= and cfg=, "
+            "or warm it up inside a block of its own: with fastercache.run(model, steps=..., cfg=...): "
+            "fastercache.warmup(model, ...)"
+        )
     with Progress(disable=not progress, transient=True) as bar:
         for engine in engines:
             task = bar.add_task("compiling phases", total=None)
             with engine.warming_up(partial(_show, bar, task)):
                 target(*args, **kwargs)  # type: ignore[operator]
+    if not any(engine.warmed_up for engine in engines):
+        raise CompileError(
+            f"fastercache.warmup compiled nothing: the call of this {type(target).__name__} ended before any of its "
+            "denoiser; give it the "
+            "arguments of the calls to come, at least one step among them"
+        )
     return target
 
 
@@ -170,8 +213,8 @@ def _show(bar: Progress, task: TaskID, done: int, phases: int) -> None:
 
 
 def release(target: T) -> T:
-    """Free the caches of a run that was left before its last step (a finished run has freed its own), and those that a compiled model
-    keeps at fixed addresses from run to run; returns the same object."""
+    """Free the caches of a run that was left before its last step (a finished run has freed its own), and those that
+    CUDA graphs keep at fixed addresses from run to run; returns the same object."""
     for engine in _engines(target, release):
         engine.release()
     return target
@@ -179,7 +222,8 @@ def release(target: T) -> T:
 
 @contextmanager
 def disabled(target: Any) -> Iterator[None]:
-    """Run uncached inside this block, for comparison."""
+    """Run uncached inside this block, for comparison. It is about this thread's calls (in asyncio, this task's); runs
+    of others go on."""
     with ExitStack() as stack:
         for engine in _engines(target, disabled):
             stack.enter_context(engine.disabled())
@@ -187,21 +231,27 @@ def disabled(target: Any) -> Iterator[None]:
 
 
 @contextmanager
-def run(model: nn.Module, *, steps: int, cfg: BranchOrder) -> Iterator[None]:
-    """All calls of a compiled denoiser inside are one run of `steps` steps, with guidance laid out as `cfg` says (see `compile`)."""
+def run(model: nn.Module, *, steps: int, cfg: LayoutName) -> Iterator[None]:
+    """All calls of a compiled denoiser inside are one run of `steps` steps, with guidance laid out as `cfg` says (see
+    `compile`)."""
     spec = _spec(steps, cfg)
-    with _engines(model, run)[0].scope(lambda: spec):
+    with _engines(model, run)[0].scope(lambda: spec, "the block of fastercache.run"):
         yield
 
 
 def summary(target: Any) -> Summary:
-    """What the last run did: steps computed, blended and skipped, the cache's bytes, the ops' implementations, and every fallback."""
+    """What the last run did: steps computed, blended and skipped, the cache's bytes, the ops' implementations, and
+    every fallback."""
     engines = _engines(target, summary)
     ran = [engine.last for engine in engines if engine.last is not None]
     if ran:
         return ran[0] if len(ran) == 1 else combined(ran)
     engine = engines[0]
     return Summary(
-        type(engine.model).__name__, engine.family.name, getattr(engine.schedule, "name", getattr(engine.schedule, "__name__", "policy")),
-        "not known yet", 0, notes=["no run has ended yet"],
-    )  # fmt: skip
+        type(engine.model).__name__,
+        engine.family.name,
+        getattr(engine.schedule, "name", getattr(engine.schedule, "__name__", "policy")),
+        "not known yet",
+        0,
+        notes=["no run has ended yet"],
+    )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+import re
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -20,38 +22,32 @@ from rich.text import Text
 
 import fastercache
 from fastercache import demo as demonstration
-from fastercache import environment, ops, policies, shapes
-from fastercache.errors import FasterCacheError
-from fastercache.memory import FORMATS
-from fastercache.plan import Plan, make_plan
-from fastercache.policies import Policy
-from fastercache.schedule import Schedule, Step
-from fastercache.systems import SYSTEMS, System
+from fastercache import ops, shapes
+from fastercache.cache import formats
+from fastercache.errors import FasterCacheError, FasterCacheWarning
+from fastercache.host import environment, steady
+from fastercache.report import charts
+from fastercache.report.published import SYSTEMS, System
+from fastercache.schedule import policies
+from fastercache.schedule.plan import make_plan
+from fastercache.schedule.policies import Policy
+from fastercache.schedule.schedule import Schedule
 
 app = typer.Typer(
     help="Video diffusion transformers, faster: cached features and guidance.",
-    no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False,
-)  # fmt: skip
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    rich_markup_mode=None,  # its tables cut the names of options and presets at 80 columns
+)
 console = Console(highlight=False)
 problems = Console(stderr=True, highlight=False)
-
-CHART_WIDTH = 50
-CELLS = {"#": ("█", "bright_blue", "computed"), "~": ("▒", "yellow", "blended"), ".": ("·", "bright_black", "not run")}
-"""Glyph, colour and name of each character of a step chart (`Schedule.chart`)."""
 
 
 class Device(str, Enum):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
-
-
-class Format(str, Enum):
-    """`fastercache.memory.CacheFormat`."""
-
-    model = "model"
-    int8 = "int8"
-    int8_int4 = "int8-int4"
 
 
 class Dtype(str, Enum):
@@ -67,10 +63,8 @@ class Dtype(str, Enum):
         return getattr(torch, self.value)
 
 
-SCHEDULES = f"A policy ({', '.join(policies.BY_NAME)}), a preset ({', '.join(policies.PRESETS)}) or a schedule's JSON file."
-ScheduleOption = Annotated[str, typer.Option("--schedule", help=SCHEDULES)]
-StepsOption = Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps; default: those of the schedule file, or 50.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of the noise.")]
+MOST_STEPS, MOST_SEED = 10_000, 2**63 - 1
+HUB_NAME = r"[\w.-]+/[\w.-]+"
 
 
 def _fail(message: str) -> NoReturn:
@@ -78,9 +72,81 @@ def _fail(message: str) -> NoReturn:
     raise typer.Exit(2)
 
 
+def _seed(seed: int) -> int:
+    if not 0 <= seed <= MOST_SEED:
+        _fail(f"--seed {seed}: give a whole number from 0 to {MOST_SEED}")
+    return seed
+
+
+def _number(option: str, remedy: str, least: float = -math.inf) -> Callable[[float | None], float | None]:
+    """Checks the value of an option: finite, and at least `least`."""
+
+    def check(value: float | None) -> float | None:
+        if value is not None and not (math.isfinite(value) and value >= least):
+            _fail(f"--{option} {value}: {remedy}")
+        return value
+
+    return check
+
+
+def _known_format(name: str | None) -> str | None:
+    """Checks the value of --cache-format."""
+    if name is not None and name not in formats.known():
+        _fail(f"--cache-format {name}: give one of {', '.join(formats.known())}")
+    return name
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fastercache {fastercache.__version__}")
+        raise typer.Exit
+
+
+SCHEDULE = "A policy, a preset or a schedule's JSON file"
+ScheduleOption = Annotated[
+    str, typer.Option("--schedule", help=f"{SCHEDULE}; `fastercache inspect --help` has the names.")
+]
+NAMES = "\n".join(
+    ("\b", "Policies:", *map("  {}".format, policies.BY_NAME), "Presets:", *map("  {}".format, policies.PRESETS))
+)
+"""After the mark of a paragraph that is printed as it is: wrapped, the names would be broken at their hyphens."""
+StepsOption = Annotated[
+    int | None,
+    typer.Option("--steps", min=1, max=MOST_STEPS, help="Denoising steps; default: those of the schedule file, or 50."),
+]
+SeedOption = Annotated[int, typer.Option(help="Seed of the noise.", callback=_seed)]
+JsonOption = Annotated[bool, typer.Option("--json", help="The same as JSON, and nothing else on the standard output.")]
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """What a user can put right is one red line and exit code 2; a traceback is left for bugs."""
+    """What a user can put right is one red line and exit code 2, a warning one yellow line; a traceback is left for
+    bugs."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, FasterCacheWarning):
+                problems.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
+            else:
+                usual(message, category, *where, **more)
+
+        warnings.showwarning = show
+        with _failures():
+            yield
+
+
+@contextmanager
+def _failures() -> Iterator[None]:
     try:
         yield
     except ImportError as error:
@@ -88,8 +154,26 @@ def _one_line_errors() -> Iterator[None]:
             raise
         missing = f"{error.name.split('.')[0]} is not installed" if error.name else str(error).strip().splitlines()[0]
         _fail(f'{missing}: pip install "fastercache[demo]"')
+    except torch.OutOfMemoryError as error:
+        _fail(
+            f"out of memory: {_first_line(error)}; try --cache-format int8-int4, fewer --frames, or a smaller --height "
+            "and --width"
+        )
     except (FasterCacheError, OSError) as error:
         _fail(str(error))
+    except KeyboardInterrupt:
+        problems.print("interrupted; nothing was written")
+        raise typer.Exit(130) from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _steady(screen: Console) -> None:
+    """Settle the allocator and the number of threads of this process, and say how many there are."""
+    steady.steady_allocator()
+    screen.print(steady.choose_threads(), soft_wrap=True)
 
 
 def _steps(schedule: Schedule | Policy, asked: int | None, default: int = 50) -> int:
@@ -109,183 +193,299 @@ def demo(
 ) -> None:
     """The embedded text-to-video model on your CPU: uncached beside accelerated, timed and measured."""
     plan = policies.resolve(schedule)
-    demonstration.run_demo(out, prompt or demonstration.PROMPTS, plan, _steps(plan, steps), seed, dtype.on("cpu"), console)
+    _steady(console)
+    demonstration.run_demo(
+        out, prompt or demonstration.PROMPTS, plan, _steps(plan, steps), seed, dtype.on("cpu"), console
+    )
 
 
 @app.command()
 @_one_line_errors()
 def sample(
-    pipeline: Annotated[str, typer.Argument(help="A diffusers pipeline directory, or 'shapes', the embedded one.")],
+    pipeline: Annotated[
+        str, typer.Argument(help="A diffusers pipeline directory, a name on the hub, or 'shapes', the embedded one.")
+    ],
     prompt: Annotated[str, typer.Option(help="What to show.")],
     schedule: ScheduleOption = "paper",
     steps: StepsOption = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale; default: the pipeline's own.")] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            help="Guidance scale; default: the pipeline's own.",
+            callback=_number("guidance", "give a number, such as 5"),
+        ),
+    ] = None,
     seed: SeedOption = 0,
-    out: Annotated[Path, typer.Option(help="The video: .mp4, .gif, or .png for one frame.")] = Path("out/sample.mp4"),
-    height: Annotated[int | None, typer.Option(min=1, help="Pixels.")] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="Pixels.")] = None,
-    frames: Annotated[int | None, typer.Option(min=1, help="Length of the video.")] = None,
+    out: Annotated[Path, typer.Option(help="The video: .mp4, .mov, .mkv, .gif, or .png for one frame.")] = Path(
+        "out/sample.mp4"
+    ),
+    height: Annotated[int | None, typer.Option(min=1, help="Pixels; default: what the pipeline was made for.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Pixels; default: what the pipeline was made for.")] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="Length of the video; default: what the pipeline was made for.")
+    ] = None,
     device: Annotated[Device, typer.Option()] = Device.auto,
     dtype: Annotated[Dtype, typer.Option(help="auto: bfloat16 on a GPU, float32 on the CPU.")] = Dtype.auto,
     cache_format: Annotated[
-        Format | None, typer.Option(help="How caches are stored; default: the best that fits --max-cache-gb, lossless without it.")
+        str | None,
+        typer.Option(
+            help=(
+                f"How caches are stored: {', '.join(formats.known())}; default: the best that "
+                "fits --max-cache-gb, lossless without it."
+            ),
+            callback=_known_format,
+        ),
     ] = None,
-    max_cache_gb: Annotated[float | None, typer.Option(min=0, help="Most gigabytes (1e9 bytes) the caches may take.")] = None,
+    max_cache_gb: Annotated[
+        float | None,
+        typer.Option(
+            help="Most gigabytes (1e9 bytes) the caches may take.",
+            callback=_number(
+                "max-cache-gb", "give a number of gigabytes, or leave the option out for no limit", least=0
+            ),
+        ),
+    ] = None,
     attention_backend: Annotated[
-        str | None, typer.Option(help="diffusers' attention backend, such as flash, or auto: times the exact ones that are installed.")
+        str | None,
+        typer.Option(
+            help="diffusers' attention backend, such as flash, or auto: times the exact ones that are installed."
+        ),
     ] = None,
-    compare: Annotated[bool, typer.Option(help="Also sample uncached, and show both side by side.")] = False,
-    download: Annotated[bool, typer.Option("--download", help="Let diffusers fetch what is not on this machine.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also sample uncached, and show both side by side.")
+    ] = False,
+    download: Annotated[
+        bool, typer.Option("--download", help="Let diffusers fetch what is not on this machine.")
+    ] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Sample any diffusers text-to-video pipeline of a known family, accelerated."""
-    from fastercache import media, metrics
+    from fastercache.report import media, metrics
 
+    screen = problems if as_json else console
     plan = policies.resolve(schedule)
+    if pipeline == "shapes":
+        demonstration.check_prompt(prompt)
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device is Device.auto else device.value
     if place == "cuda" and not torch.cuda.is_available():
         _fail("--device cuda: torch sees no GPU; leave the option out to run on the CPU")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with console.status(f"loading {pipeline}"):
+    media.check_suffix(out)
+    _check_source(pipeline, download)
+    media.check_writable(out)
+    if place == "cpu":
+        _steady(screen)
+    with screen.status(f"loading {pipeline}"):
         pipe = _load(pipeline, dtype.on(place), download).to(place)
     call = inspect.signature(pipe.__call__).parameters
-    arguments = _arguments(pipeline, call, height=height, width=width, frames=frames, guidance_scale=guidance)
-    steps = _steps(plan, steps, shapes.STEPS if pipeline == "shapes" else call["num_inference_steps"].default)
+    arguments = _arguments(pipe, call, height=height, width=width, frames=frames, guidance_scale=guidance)
+    steps = _steps(plan, steps, _default(call, "num_inference_steps") or 50)
     fastercache.compile(
         pipe,
         plan,
-        cache_format=None if cache_format is None else cache_format.value,
+        cache_format=cache_format,
         max_cache_bytes=None if max_cache_gb is None else int(max_cache_gb * 1e9),
         attention_backend=attention_backend,
     )
 
+    found: dict[str, Any] = {"video": str(out)}
+    with _refusals(pipe, {"steps": steps} | arguments):
+        if compare:
+            warm_up = demonstration.warm_up_steps(plan, steps)
+            pairs = demonstration.generate_pairs(
+                pipe, [prompt], steps=steps, warm_up=warm_up, seed=seed, console=screen, **arguments
+            )
+            pair = pairs[0]
+            clip, seconds = pair.cached, pair.cached_seconds
+            psnr = metrics.psnr(pair.uncached[None], pair.cached[None])
+            found["uncached_seconds"] = round(pair.uncached_seconds, 3)
+            found["psnr_db"] = round(psnr, 2) if math.isfinite(psnr) else None
+            text = (
+                f"uncached {pair.uncached_seconds:.2f} s, fastercache {seconds:.2f} s: "
+                f"{demonstration.pace(pair.uncached_seconds / seconds)}, "
+                + (f"PSNR {psnr:.1f} dB" if math.isfinite(psnr) else "identical")
+            )
+        else:
+            with demonstration.progress_bars(screen) as progress:
+                task = progress.add_task("fastercache", total=steps)
+                clip, seconds = demonstration.generate(
+                    pipe, prompt, steps=steps, seed=seed, on_step=lambda: progress.advance(task), **arguments
+                )
+            text = f"{len(clip)} frames of {clip.shape[2]} x {clip.shape[1]} in {seconds:.2f} s"
+    summary = fastercache.summary(pipe)
     if compare:
-        warm_up = demonstration.warm_up_steps(plan, steps)
-        pairs = demonstration.generate_pairs(pipe, [prompt], steps=steps, warm_up=warm_up, seed=seed, console=console, **arguments)
-        summary, pair = fastercache.summary(pipe), pairs[0]
         media.save(out, demonstration.comparison_of(pairs, summary), loops=demonstration.LOOPS)
-        psnr = metrics.psnr(pair.uncached[None], pair.cached[None])
-        found = (
-            f"uncached {pair.uncached_seconds:.2f} s, fastercache {pair.cached_seconds:.2f} s: "
-            f"{demonstration.pace(pair.uncached_seconds / pair.cached_seconds)}, "
-            + (f"PSNR {psnr:.1f} dB" if math.isfinite(psnr) else "identical")
-        )
     else:
-        with demonstration.progress_bars(console) as progress:
-            task = progress.add_task("fastercache", total=steps)
-            clip, seconds = demonstration.generate(
-                pipe, prompt, steps=steps, seed=seed, on_step=lambda: progress.advance(task), **arguments
-            )  # fmt: skip
-        summary = fastercache.summary(pipe)
         media.save(out, media.to_bytes(clip))
-        found = f"{len(clip)} frames of {clip.shape[2]} x {clip.shape[1]} in {seconds:.2f} s"
+    if as_json:
+        found |= {
+            "frames": len(clip),
+            "height": clip.shape[1],
+            "width": clip.shape[2],
+            "seconds": round(seconds, 3),
+            "seed": seed,
+        }
+        typer.echo(json.dumps(found | {"summary": summary.as_dict()}, indent=1))
+        return
     console.print(str(summary), markup=False, soft_wrap=True)
-    console.print(f"\n{found}\nwrote {out}", soft_wrap=True)
+    console.print(f"\n{text}\nwrote {out}", markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _refusals(pipe: Any, asked: dict[str, Any]) -> Iterator[None]:
+    """What a pipeline or its model raises about sizes and numbers that it was asked for is one line, too."""
+    try:
+        yield
+    except (FasterCacheError, torch.OutOfMemoryError):
+        raise
+    except (ValueError, TypeError, RuntimeError) as error:
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        if trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("fastercache"):
+            raise
+        given = ", ".join(f"{_option_of(name)} {value}" for name, value in asked.items())
+        _fail(f"{type(pipe).__name__} cannot be run with {given}: {_first_line(error)}")
+
+
+def _is_directory(pipeline: str) -> bool:
+    return (Path(pipeline) / "model_index.json").is_file()
+
+
+def _check_source(pipeline: str, download: bool) -> None:
+    """One line, before anything is loaded, for what cannot be a pipeline."""
+    if pipeline == "shapes" or download or _is_directory(pipeline):
+        return
+    if Path(pipeline).exists() or not re.fullmatch(HUB_NAME, pipeline):
+        _fail(
+            f"{pipeline!r} is not a pipeline directory (no model_index.json in it); give one that save_pretrained "
+            "wrote, or 'shapes'"
+        )
 
 
 def _load(pipeline: str, dtype: torch.dtype, download: bool) -> Any:
     if pipeline == "shapes":
-        return shapes.load(dtype)
-    if not download and not (Path(pipeline) / "model_index.json").is_file():
-        _fail(f"{pipeline} is not a pipeline directory (no model_index.json in it); give one that save_pretrained wrote, or 'shapes'")
+        return shapes.load(dtype=dtype)
     try:
         return shapes.load_pipeline(pipeline, dtype, download=download)
     except ImportError:
         raise
-    except Exception as error:  # whatever diffusers, transformers and safetensors raise on a directory that is incomplete or broken
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        _fail(f"{pipeline} cannot be loaded: {reason[0]}; save it again with save_pretrained")
+    except (
+        Exception
+    ) as error:  # whatever diffusers, transformers and safetensors raise on a directory that is incomplete or broken
+        if _is_directory(pipeline):
+            _fail(f"{pipeline} cannot be loaded: {_first_line(error)}; save it again with save_pretrained")
+        if not download:
+            _fail(
+                f"{pipeline} is no directory and not on this machine; if it is a name on the Hugging Face hub, add "
+                "--download"
+            )
+        _fail(f"{pipeline} cannot be downloaded: {_first_line(error)}; check the name and the network")
 
 
-def _arguments(pipeline: str, call: Any, *, frames: int | None, **asked: Any) -> dict[str, Any]:
-    """Keyword arguments of a pipeline's call: those of "shapes" first, then whatever was asked for, by the pipeline's own names."""
-    arguments = dict(shapes.CALL, guidance_scale=shapes.GUIDANCE_SCALE) if pipeline == "shapes" else {}
-    if frames is not None:
-        asked[next((name for name in ("num_frames", "video_length") if name in call), "frames")] = frames
+def _default(call: Any, name: str) -> Any:
+    """The default of an argument of a pipeline's call; None where there is none."""
+    return None if name not in call or call[name].default is inspect.Parameter.empty else call[name].default
+
+
+def _option_of(argument: str) -> str:
+    """The option that stands for an argument of a pipeline's call."""
+    return {"num_frames": "frames", "video_length": "frames", "guidance_scale": "guidance"}.get(argument, argument)
+
+
+def _arguments(pipe: Any, call: Any, *, frames: int | None, **asked: Any) -> dict[str, Any]:
+    """Keyword arguments of a pipeline's call: whatever was asked for, by the pipeline's own names, then what its
+    weights were made for."""
+    frames_name = next((name for name in ("num_frames", "video_length") if name in call), "frames")
+    asked = {frames_name: frames} | asked
     asked = {name: value for name, value in asked.items() if value is not None}
     for name in asked:
         if name not in call:
-            _fail(f"{pipeline} has no argument for --{name.removesuffix('_scale')}; leave it out")
-    return arguments | asked
+            _fail(f"{type(pipe).__name__} has no argument for --{_option_of(name)}; leave it out")
+    return _made_for(pipe, call) | asked
 
 
-@app.command("inspect")
+def _made_for(pipe: Any, call: Any) -> dict[str, Any]:
+    """LattePipeline's own defaults are those of one checkpoint, 16 frames of 512 x 512; the model's configuration has
+    those of any."""
+    config = getattr(getattr(pipe, "transformer", None), "config", {})
+    if "video_length" not in call or not isinstance(config.get("sample_size"), int) or not config.get("video_length"):
+        return {}
+    side = config["sample_size"] * pipe.vae_scale_factor
+    return {"video_length": config["video_length"], "height": side, "width": side}
+
+
+@app.command("inspect", epilog=NAMES)
 @_one_line_errors()
 def inspect_schedule(
-    schedule: Annotated[str, typer.Argument(help=SCHEDULES)],
+    schedule: Annotated[str, typer.Argument(help=f"{SCHEDULE}.")],
     steps: StepsOption = None,
     guidance: Annotated[
         bool | None,
-        typer.Option("--guidance/--no-guidance", help="With or without classifier-free guidance; default: as the system has it."),
+        typer.Option(
+            "--guidance/--no-guidance", help="With or without classifier-free guidance; default: as the system has it."
+        ),
+    ] = None,
+    system_name: Annotated[
+        str | None,
+        typer.Option(
+            "--system",
+            help="Say what it saves and keeps at the published size of this system; default: that of a preset.",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The schedule, its phases and savings as JSON.")] = False,
 ) -> None:
-    """Draw a schedule: what each step computes, blends and leaves out; for a preset also what that saves at the published sizes."""
+    """Draw a schedule: what each step computes, blends and leaves out; for a preset also what that saves at the
+    published sizes."""
     source = policies.resolve(schedule)
-    system = SYSTEMS[schedule.partition("/")[0]] if schedule in policies.PRESETS else None
+    if system_name is None and schedule in policies.PRESETS:
+        system_name = schedule.partition("/")[0]
+    if system_name is not None and system_name not in SYSTEMS:
+        _fail(f"--system {system_name}: known are {', '.join(SYSTEMS)}")
+    system = None if system_name is None else SYSTEMS[system_name]
     if guidance is None:
         guidance = system is None or system.guided
     if isinstance(source, Schedule) and steps not in (None, len(source)):
         _fail(f"{schedule} has {len(source)} steps, not {steps}; leave out --steps, or name a policy")
     default = 50 if system is None else system.steps
-    plan = make_plan(source if isinstance(source, Schedule) else source(_steps(source, steps, default), guidance), guidance)
-    phases, saved = _phases(plan), _saved(plan)
+    drawn = policies.built(source, _steps(source, steps, default), guidance)
+    if not guidance:
+        drawn = drawn.without_guidance()
+    costs = {} if system is None else charts.costs(system, make_plan(drawn, guidance, system.tree))
+    phases, saved = charts.phases(drawn, guidance), charts.saved(drawn, guidance)
     if as_json:
-        document = {"schedule": json.loads(plan.schedule.to_json()), "steps": len(plan.steps), "phases": phases, "skipped": saved}
-        typer.echo(json.dumps(document | ({} if system is None else _costs(system, plan)), indent=1))
+        document = {"schedule": json.loads(drawn.to_json()), "steps": len(drawn), "phases": phases, "skipped": saved}
+        typer.echo(json.dumps(document | costs, indent=1))
         return
 
-    console.print(f"[bold]{plan.schedule.name}[/bold], {len(plan.steps)} steps, {'with' if guidance else 'without'} guidance\n")
-    console.print(_chart(plan))
-    console.print(_coefficients(plan.schedule.steps, guidance))
+    title = Text(drawn.name, style="bold")
+    title.append(f", {len(drawn)} steps, {'with' if guidance else 'without'} guidance\n", style="not bold")
+    console.print(title, soft_wrap=True)
+    console.print(charts.chart(drawn, guidance))
+    console.print(charts.coefficients(drawn.steps, guidance), markup=False, soft_wrap=True)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("phase", "branches", "blended"):
-        table.add_column(heading)
-    table.add_column("steps", justify="right")
+        table.add_column(heading, no_wrap=True)
+    table.add_column("steps", justify="right", no_wrap=True)
     for number, phase in enumerate(phases, 1):
-        table.add_row(str(number), " + ".join(phase["branches"]), ", ".join(phase["blended"]) or "nothing", str(len(phase["steps"])))
-    console.print(table)
+        table.add_row(
+            str(number),
+            " + ".join(phase["branches"]) or "none",
+            ", ".join(phase["blended"]) or "nothing",
+            str(len(phase["steps"])),
+        )
+    _print_table(table)
     for what, share in saved.items():
-        console.print(f"skipped  {share['skipped'] / share['of']:>4.0%} of {what} ({share['skipped']} of {share['of']})")
+        console.print(
+            f"skipped  {share['skipped'] / share['of']:>4.0%} of {what} ({share['skipped']} of {share['of']})",
+            soft_wrap=True,
+        )
     if system is not None:
-        _print_costs(system, _costs(system, plan))
+        _print_costs(system, costs)
 
 
-def _phases(plan: Plan) -> list[dict[str, Any]]:
-    """The distinct kinds of step, each with the numbers of its steps (from 1)."""
-    names = [group.selector for group in plan.groups]
-    return [
-        {
-            "branches": list(branches),
-            "blended": [name for name, blend in zip(names, blends, strict=True) if blend],
-            "steps": [number for number, step in enumerate(plan.steps, 1) if step.phase == (branches, blends)],
-        }
-        for branches, blends in plan.phases
-    ]
-
-
-def _saved(plan: Plan) -> dict[str, dict[str, int]]:
-    """Branch-steps (one branch through one step) that are not run, and, for each selector, computations of its sites that are not made."""
-    total = len(plan.steps) * len(plan.branches)
-    run = sum(len(step.branches) for step in plan.steps)
-    saved = {"branch-steps": {"skipped": total - run, "of": total}}
-    for index, group in enumerate(plan.groups):
-        computed = sum(len(step.branches) for step in plan.steps if not step.groups[index].blend)
-        saved[f"{group.selector} computations"] = {"skipped": total - computed, "of": total}
-    return saved
-
-
-def _costs(system: System, plan: Plan) -> dict[str, Any]:
-    """What a run of `plan` costs on a system at its published size; a floating-point operation is half a multiply-accumulate."""
-    uncached, cached = 2 * system.uncached_macs(plan), 2 * system.cached_macs(plan)
-    return {
-        "system": {"name": system.name, "video": system.video, "parameters": system.parameters, "source": system.source},
-        "flops": {"uncached": uncached, "cached": cached},
-        "macs": {"uncached": uncached // 2, "cached": cached // 2},
-        "flops_ratio": uncached / cached,
-        "cache_bytes": {storage: system.cache_bytes(plan, storage) for storage in FORMATS},
-        "weight_bytes": system.parameters * system.dtype.itemsize,
-        "fits_80_gb": system.fitting_format(plan),
-    }
+def _print_table(table: Table) -> None:
+    """As wide as its names, on a narrow screen too."""
+    Console(width=1000, highlight=False, file=console.file).print(table)
 
 
 def _print_costs(system: System, costs: dict[str, Any]) -> None:
@@ -293,87 +493,50 @@ def _print_costs(system: System, costs: dict[str, Any]) -> None:
     for run, flops in costs["flops"].items():
         console.print(f"{run:<9}{flops / 1e15:>9.3f} PFLOPs, {costs['macs'][run] / 1e15:.3f} PMACs")
     console.print(f"ratio    {costs['flops_ratio']:>9.3f}")
+    for entry in costs["kept"]:
+        sites = f"{entry['sites']} {entry['kind']} site{'s' * (entry['sites'] > 1)}"
+        console.print(
+            f"kept     {entry['tensors']:>9} tensors of {sites}, {' + '.join(entry['branches'])}", soft_wrap=True
+        )
     for storage, size in costs["cache_bytes"].items():
         console.print(f"cache    {size / 1e9:>9.2f} GB as {storage}")
-    holds = f"holds them and the cache as {costs['fits_80_gb']}" if costs["fits_80_gb"] else "holds them with the cache in no format"
-    console.print(f"weights  {costs['weight_bytes'] / 1e9:>9.2f} GB; an 80 GB GPU {holds}, and 12 GB of activations", soft_wrap=True)
-
-
-def _chart(plan: Plan) -> Text:
-    lines = plan.schedule.chart().splitlines()[: len(plan.branches)]
-    rows = [line.split() for line in lines]
-    chart = Text()
-    for first in range(0, len(plan.steps), CHART_WIDTH):
-        numbers = range(first + 1, min(first + CHART_WIDTH, len(plan.steps)) + 1, 10)
-        chart.append(f"{'step':<8}" + "".join(f"{number:<10}" for number in numbers).rstrip() + "\n", style="bright_black")
-        for branch, cells in rows:
-            chart.append(f"{branch:<8}")
-            for cell in cells[first : first + CHART_WIDTH]:
-                glyph, colour, _ = CELLS[cell]
-                chart.append(glyph, style=colour)
-            chart.append("\n")
-        chart.append("\n")
-    chart.append(" " * 8)
-    for glyph, colour, name in CELLS.values():
-        chart.append(glyph, style=colour)
-        chart.append(f" {name}   ")
-    chart.append("\n")
-    chart.rstrip()
-    return chart
-
-
-def _coefficients(steps: Sequence[Step], guidance: bool) -> str:
-    """One line for the taps and one for each weight that is not 1 on every step."""
-    lines = _blends("blend  ", [(number, step.taps) for number, step in enumerate(steps, 1) if step.reuse])
-    for selector in dict.fromkeys(selector for step in steps for selector, _ in step.own_taps):
-        own = [(number, step.taps_of(selector)) for number, step in enumerate(steps, 1) if selector in dict(step.own_taps)]
-        lines += _blends(selector, own)
-    weights: list[tuple[str, Callable[[Step], float]]] = [("low     w1", lambda step: step.low), ("high    w2", lambda step: step.high)]
-    for label, value in weights:
-        used = {number: value(step) for number, step in enumerate(steps, 1) if guidance and step.branches == "cond" and value(step) != 1.0}
-        if used:
-            lines.append(f"{label} = {_span(list(used.values()))}, {_where(list(used))}")
-    return "\n".join(lines)
-
-
-def _blends(label: str, taps: Sequence[tuple[int, tuple[float, ...]]]) -> list[str]:
-    """What the numbered steps blend with: one line for each form that their coefficients have."""
-    plain = [number for number, row in taps if row == (1.0,)]
-    linear = {number: -row[1] for number, row in taps if len(row) == 2 and math.isclose(sum(row), 1.0)}
-    other = {number: len(row) for number, row in taps if number not in plain and number not in linear}
-    lines = []
-    if plain:
-        lines.append(f"{label} A, the newest output unchanged, {_where(plain)}")
-    if linear:
-        lines.append(f"{label} A + w (A - B), w = {_span(list(linear.values()))}, {_where(list(linear))}")
-    if other:
-        lines.append(f"{label} {_span(list(other.values()))} taps, {_where(list(other))}")
-    return lines
-
-
-def _span(values: Sequence[float]) -> str:
-    low, high = f"{min(values):.3g}", f"{max(values):.3g}"
-    return low if low == high else f"{low} to {high}"
-
-
-def _where(numbers: Sequence[int]) -> str:
-    return f"on {len(numbers)} step{'s' * (len(numbers) > 1)} ({_span(numbers)})"
+    holds = (
+        f"holds them and the cache as {costs['fits_80_gb']}"
+        if costs["fits_80_gb"]
+        else "holds them with the cache in no format"
+    )
+    console.print(
+        f"weights  {costs['weight_bytes'] / 1e9:>9.2f} GB; an 80 GB GPU {holds}, and 12 GB of activations",
+        soft_wrap=True,
+    )
 
 
 @app.command()
-def info() -> None:
+def info(as_json: JsonOption = False) -> None:
     """Versions, device, and which code serves each op."""
-    for name, version in environment.versions().items():
+    versions, machine = environment.versions(), environment.machine()
+    if as_json:
+        document = {
+            "versions": versions,
+            "machine": machine,
+            "ops": ops.implementations(),
+            "notes": ops.fallback_reasons(),
+        }
+        typer.echo(json.dumps(document, indent=1))
+        return
+    for name, version in versions.items():
         console.print(f"{name:<14}{version or 'not installed'}")
-    machine = environment.machine()
-    console.print(f"{'cpu':<14}{machine['cpu']}, {machine['cores']} cores, of which torch uses {machine['torch_threads']}", soft_wrap=True)
+    console.print(
+        f"{'cpu':<14}{machine['cpu']}, {machine['cores']} cores, of which torch uses {machine['torch_threads']}",
+        soft_wrap=True,
+    )
     console.print(f"{'gpu':<14}{machine['gpu'] or 'none'}")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("op", "on the CPU", "on a GPU"):
-        table.add_column(heading)
+        table.add_column(heading, no_wrap=True)
     for name, code in ops.implementations().items():
         table.add_row(name, code["cpu"], code["cuda"])
-    console.print(table)
+    _print_table(table)
     for reason in ops.fallback_reasons():
         console.print(f"note: {reason}", markup=False, soft_wrap=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -17,17 +18,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 import fastercache
-from fastercache import environment, shapes
-from fastercache.policies import Policy, paper
-from fastercache.schedule import Schedule
+from fastercache import shapes
+from fastercache.host import environment
+from fastercache.schedule.policies import Policy, paper
+from fastercache.schedule.schedule import Schedule
 from fastercache.shapes.world import COLOURS, DIRECTIONS, SCENES, SHAPES, Scene
 
 if TYPE_CHECKING:
-    from fastercache.media import Pair
+    from fastercache.report.media import Pair
 
-PROMPTS = ("a red circle moving right", "a green triangle moving down", "a blue triangle moving right", "a yellow circle moving down")
+PROMPTS = (
+    "a red circle moving right",
+    "a green triangle moving down",
+    "a blue triangle moving right",
+    "a yellow circle moving down",
+)
 WARM_UP_STEPS = 6
 """Enough for every policy to reach each of its phases."""
+FILM = (".mp4", ".gif", ".png")
 LOOPS = 4
 """How often a short clip is repeated in the video."""
 
@@ -42,14 +50,18 @@ def check_prompt(prompt: str) -> None:
     unknown = [word for word in prompt.lower().split() if word not in known]
     if unknown:
         choices = " ".join("|".join(words) for words in (COLOURS, SHAPES, ("moving",), DIRECTIONS))
-        raise PromptError(f"prompt {prompt!r}: 'shapes' has not learnt the word {unknown[0]!r}; its prompts are 'a {choices}'")
+        raise PromptError(
+            f"prompt {prompt!r}: 'shapes' has not learnt the word {unknown[0]!r}; its prompts are 'a {choices}'"
+        )
     try:
         Scene.parse(prompt)
     except ValueError as error:
         raise PromptError(str(error)) from error
 
 
-def generate(pipe: Any, prompt: str, *, steps: int, seed: int, on_step: Callable[[], Any], **arguments: Any) -> tuple[np.ndarray, float]:
+def generate(
+    pipe: Any, prompt: str, *, steps: int, seed: int, on_step: Callable[[], Any], **arguments: Any
+) -> tuple[np.ndarray, float]:
     """One call of a pipeline: a clip `[frames, H, W, 3]` in [0, 1], and the seconds from prompt to pixels.
 
     on_step: called after each denoising step.
@@ -60,25 +72,31 @@ def generate(pipe: Any, prompt: str, *, steps: int, seed: int, on_step: Callable
         return {}
 
     generator = torch.Generator().manual_seed(seed)
+    if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
+        arguments = {"callback_on_step_end": callback} | arguments
     start = perf_counter()
-    output = pipe(
-        prompt, num_inference_steps=steps, generator=generator, output_type="np", callback_on_step_end=callback, **arguments
-    )  # fmt: skip
-    return np.asarray(output.frames[0]), perf_counter() - start
+    output = pipe(prompt, num_inference_steps=steps, generator=generator, output_type="np", **arguments)
+    seconds = perf_counter() - start
+    # A pipeline for images gives one frame.
+    return np.asarray(output.frames[0] if hasattr(output, "frames") else output.images[:1]), seconds
 
 
 def progress_bars(console: Console) -> Progress:
-    return Progress(TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), console=console)
+    return Progress(
+        TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), console=console
+    )
 
 
 def generate_pairs(
     pipe: Any, prompts: Sequence[str], *, steps: int, warm_up: int, seed: int, console: Console, **arguments: Any
 ) -> list[Pair]:
-    """For each prompt in turn: the clip of a compiled pipeline with `fastercache.disabled`, then the accelerated one, from the same noise.
+    """For each prompt in turn: the clip of a compiled pipeline with `fastercache.disabled`, then the accelerated one,
+    from the same noise.
 
-    Prompt k starts from `seed + k`. Before any is timed, a run of `warm_up` steps of both kinds is made and thrown away.
+    Prompt k starts from `seed + k`. Before any is timed, a run of `warm_up` steps of both kinds is made and thrown
+    away.
     """
-    from fastercache.media import Pair
+    from fastercache.report.media import Pair
 
     with console.status("warming up"):
         with fastercache.disabled(pipe):
@@ -91,10 +109,10 @@ def generate_pairs(
             with fastercache.disabled(pipe):
                 before, seconds = generate(
                     pipe, prompt, steps=steps, seed=seed_of_clip, on_step=lambda: progress.advance(slow), **arguments
-                )  # fmt: skip
+                )
             after, seconds_cached = generate(
                 pipe, prompt, steps=steps, seed=seed_of_clip, on_step=lambda: progress.advance(fast), **arguments
-            )  # fmt: skip
+            )
             pairs.append(Pair(prompt, before, after, seconds, seconds_cached))
     return pairs
 
@@ -113,30 +131,41 @@ def run_demo(
     dtype: torch.dtype = torch.float32,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Sample every prompt uncached and accelerated on the CPU, print what was gained and lost, and write it all to the folder `out`.
+    """Sample every prompt uncached and accelerated on the CPU, print what was gained and lost, and write it all to the
+    folder `out`.
 
-    Returns what `result.json` holds. Seconds cover whole pipeline calls, from the text encoder to the decoder; PSNR, SSIM and the prompt
-    score are those of `fastercache.metrics` and `fastercache.shapes.detector`.
+    Returns what `result.json` holds. Seconds cover whole pipeline calls, from the text encoder to the decoder; PSNR,
+    SSIM and the prompt score are those of `fastercache.report.metrics` and `fastercache.shapes.detector`.
     """
-    from fastercache import metrics
+    from fastercache.report import media, metrics
     from fastercache.shapes.detector import score
 
     console = console or Console(highlight=False)
     for prompt in prompts:
         check_prompt(prompt)
-    out.mkdir(parents=True, exist_ok=True)
-    pipe = fastercache.compile(shapes.load(dtype), schedule)
+    for name in (*(f"comparison{suffix}" for suffix in FILM), "summary.txt", "result.json"):
+        media.check_writable(out / name)
+    pipe = fastercache.compile(shapes.load(dtype=dtype), schedule)
     pairs = generate_pairs(
-        pipe, prompts, steps=steps, warm_up=warm_up_steps(schedule, steps), seed=seed, console=console,
-        guidance_scale=shapes.GUIDANCE_SCALE, **shapes.CALL,
-    )  # fmt: skip
+        pipe,
+        prompts,
+        steps=steps,
+        warm_up=warm_up_steps(schedule, steps),
+        seed=seed,
+        console=console,
+        guidance_scale=shapes.GUIDANCE_SCALE,
+        **shapes.CALL,
+    )
     summary = fastercache.summary(pipe)
 
     uncached, cached = np.stack([pair.uncached for pair in pairs]), np.stack([pair.cached for pair in pairs])
     seconds = {"uncached": [pair.uncached_seconds for pair in pairs], "cached": [pair.cached_seconds for pair in pairs]}
     psnr = metrics.psnr(uncached, cached)
     result: dict[str, Any] = {
-        **{run: {"seconds": round(sum(each), 3), "seconds_per_video": [round(one, 3) for one in each]} for run, each in seconds.items()},
+        **{
+            run: {"seconds": round(sum(each), 3), "seconds_per_video": [round(one, 3) for one in each]}
+            for run, each in seconds.items()
+        },
         "speedup": round(sum(seconds["uncached"]) / sum(seconds["cached"]), 3),
         "flops_ratio": round(summary.flops.ratio, 4),
         "psnr_db": round(psnr, 2) if math.isfinite(psnr) else None,
@@ -146,9 +175,14 @@ def run_demo(
             run: sum(score(clip, prompt).all_right for clip, prompt in zip(clips, prompts, strict=True)) / len(prompts)
             for run, clips in (("uncached", uncached), ("cached", cached))
         },
-        "prompts": list(prompts), "steps": steps, "schedule": summary.schedule, "seed": seed, "dtype": str(dtype).removeprefix("torch."),
-        "machine": environment.machine(), "versions": environment.versions(),
-    }  # fmt: skip
+        "prompts": list(prompts),
+        "steps": steps,
+        "schedule": summary.schedule,
+        "seed": seed,
+        "dtype": str(dtype).removeprefix("torch."),
+        "machine": environment.machine(),
+        "versions": environment.versions(),
+    }
 
     table = _table(result, summary.flops)
     with (out / "summary.txt").open("w") as file:
@@ -163,21 +197,24 @@ def run_demo(
 
 def film(stem: Path, pairs: Sequence[Pair], summary: fastercache.Summary) -> None:
     """Write the comparison as `stem`.mp4, .gif and .png."""
-    from fastercache import media
+    from fastercache.report import media
 
     video = comparison_of(pairs, summary)
-    for suffix in (".mp4", ".gif", ".png"):
+    for suffix in FILM:
         media.save(stem.with_suffix(suffix), video, loops=LOOPS)
 
 
 def comparison_of(pairs: Sequence[Pair], summary: fastercache.Summary) -> np.ndarray:
-    """The pairs side by side, under a headline with speed-up and PSNR, over the schedule: `[frames, height, width, 3]` uint8."""
-    from fastercache import media, metrics
+    """The pairs side by side, under a headline with speed-up and PSNR, over the schedule: `[frames, height, width, 3]`
+    uint8."""
+    from fastercache.report import media, metrics
 
     speedup = sum(pair.uncached_seconds for pair in pairs) / sum(pair.cached_seconds for pair in pairs)
     psnr = metrics.psnr(np.stack([pair.uncached for pair in pairs]), np.stack([pair.cached for pair in pairs]))
     close = f"{psnr:.1f} dB PSNR" if math.isfinite(psnr) else "identical"
-    return media.comparison(pairs, summary.chart, f"FasterCache  ·  schedule {summary.schedule}", f"{pace(speedup)}  ·  {close}")
+    return media.comparison(
+        pairs, summary.chart, f"FasterCache  ·  schedule {summary.schedule}", f"{pace(speedup)}  ·  {close}"
+    )
 
 
 def pace(speedup: float) -> str:
@@ -193,7 +230,9 @@ def _table(result: dict[str, Any], flops: Any) -> Table:
         table.add_column(heading, style=style, justify="right")
 
     totals = [result[run]["seconds"] for run in ("uncached", "cached")]
-    table.add_row(f"{videos} video{'s' * (videos > 1)}", *[f"{total:.2f} s" for total in totals], pace(result["speedup"]))
+    table.add_row(
+        f"{videos} video{'s' * (videos > 1)}", *[f"{total:.2f} s" for total in totals], pace(result["speedup"])
+    )
     if videos > 1:
         table.add_row("per video", *(f"{total / videos:.2f} s" for total in totals))
     table.add_row(

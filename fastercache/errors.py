@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+from types import FrameType
+
+LIBRARIES = ("fastercache", "torch", "diffusers", "accelerate", "transformers", "contextlib", "functools")
+"""Packages whose frames lie between a user's line and a warning about it."""
+
 
 class FasterCacheError(Exception):
     """Base of all errors that this package raises on purpose."""
@@ -28,4 +35,14 @@ class CacheError(FasterCacheError, ValueError):
 
 
 class FasterCacheWarning(UserWarning):
-    """Nothing is wrong with the video, but something is not as a user would expect: nothing was skipped, or nothing is gained."""
+    """Nothing is wrong with the video, but something is not as a user would expect: nothing was skipped, or nothing is
+    gained."""
+
+
+def warn(message: str) -> None:
+    """A `FasterCacheWarning` that points at the user's line: the innermost frame that is no library's."""
+    frame: FrameType | None = sys._getframe(1)
+    level = 2
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in LIBRARIES:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, FasterCacheWarning, stacklevel=level if frame is not None else 2)

@@ -1,4 +1,5 @@
-"""Stand-ins for two upstream classes whose libraries are not installed: their names, their parts, their calls, and no more."""
+"""Stand-ins for two upstream classes whose libraries are not installed: their names, their parts, their calls, and no
+more."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 
 def patches_of(x: Tensor, channels: int) -> Tensor:
-    """Patches of 2 x 2: [B, frames, rows, columns, channels, 2, 2], from a video whose channels are dimension `channels`."""
+    """Patches of 2 x 2: [B, frames, rows, columns, channels, 2, 2], from a video whose channels are dimension
+    `channels`."""
     return x.unfold(3, 2, 2).unfold(4, 2, 2).movedim(channels, -3)
 
 
@@ -25,19 +27,27 @@ class SelfAttention(nn.Module):
         self.query_key_value, self.dense = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, hidden_states: Tensor, mask: Tensor) -> Tensor:
+        if not (mask > 0).all():
+            raise NotImplementedError("a causal mask")
         return self.dense(F.scaled_dot_product_attention(*self.query_key_value(hidden_states).chunk(3, dim=-1)))
 
 
 class DiffusionTransformer(nn.Module):
     """SAT's CogVideoX: `transformer.layers`, each with `attention` and `mlp`, over [text, video] in one sequence."""
 
-    def __init__(self, hidden_size: int = 16, num_layers: int = 2, channels: int = 2):
+    def __init__(self, hidden_size: int = 16, num_layers: int = 2, channels: int = 2, patch_size: object = (1, 2, 2)):
         super().__init__()
-        self.hidden_size, self.num_layers, self.out_channels, self.patch_size = hidden_size, num_layers, channels, (1, 2, 2)
+        self.hidden_size, self.num_layers, self.out_channels, self.patch_size = (
+            hidden_size,
+            num_layers,
+            channels,
+            patch_size,
+        )
         self.dtype = torch.float32
         self.transformer = nn.Module()
         self.transformer.layers = nn.ModuleList(
-            nn.ModuleDict({"attention": SelfAttention(hidden_size), "mlp": nn.Linear(hidden_size, hidden_size)}) for _ in range(num_layers)
+            nn.ModuleDict({"attention": SelfAttention(hidden_size), "mlp": nn.Linear(hidden_size, hidden_size)})
+            for _ in range(num_layers)
         )
         self.patch, self.text, self.final = (
             nn.Linear(4 * channels, hidden_size),
@@ -47,22 +57,57 @@ class DiffusionTransformer(nn.Module):
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor, **kwargs: object) -> Tensor:
         patches = patches_of(x, 2)
-        h = torch.cat([self.text(context), self.patch(patches.flatten(4).flatten(1, 3)) + timesteps[:, None, None] / 1000], dim=1)
-        for layer in self.transformer.layers:
-            h = h + layer["attention"](torch.tanh(h), torch.ones(1))
+        h = torch.cat(
+            [self.text(context), self.patch(patches.flatten(4).flatten(1, 3)) + timesteps[:, None, None] / 1000], dim=1
+        )
+        mask = torch.ones((1, 1)).to(x.dtype)
+        for number in range(self.num_layers):
+            layer = self.transformer.layers[torch.tensor(number)]
+            h = h + layer["attention"](torch.tanh(h), mask)
             h = h + layer["mlp"](torch.tanh(h))
         return video_of(self.final(h[:, context.shape[1] :]).reshape(patches.shape), 2)
 
 
 class AsymmetricAttention(nn.Module):
+    computed_in: torch.dtype | None = None
+
     def __init__(self, x: int, y: int, update_y: bool):
         super().__init__()
         self.qkv_x, self.qkv_y, self.proj_x = nn.Linear(x, 3 * x), nn.Linear(y, 3 * x), nn.Linear(x, x)
         self.proj_y = nn.Linear(x, y) if update_y else nn.Identity()
 
     def forward(self, x: Tensor, y: Tensor, *, scale_x: Tensor, packed_indices: dict) -> tuple[Tensor, Tensor]:
-        h = F.scaled_dot_product_attention(*torch.cat([self.qkv_x(x * scale_x), self.qkv_y(y)], dim=1).chunk(3, dim=-1))
+        qkv_x = self.qkv_x(x * scale_x)
+        assert self.computed_in is None or qkv_x.dtype == self.computed_in
+        h = F.scaled_dot_product_attention(*torch.cat([qkv_x, self.qkv_y(y)], dim=1).chunk(3, dim=-1))
         return self.proj_x(h[:, : x.shape[1]]), self.proj_y(h[:, x.shape[1] :])
+
+
+class AsymmetricJointBlock(nn.Module):
+    """With upstream's signature: two streams, of the video and of the text, and what they are modulated by between
+    them."""
+
+    def __init__(self, x: int, y: int, update_y: bool):
+        super().__init__()
+        self.update_y = update_y
+        self.attn, self.mlp_x = AsymmetricAttention(x, y, update_y), nn.Linear(x, x)
+        if update_y:
+            self.mlp_y = nn.Linear(y, y)
+
+    def forward(self, x: Tensor, c: Tensor, y: Tensor, **attn_kwargs: object) -> tuple[Tensor, Tensor]:
+        attended, text = self.attn(x, y, scale_x=c, **attn_kwargs)
+        x = x + torch.tanh(attended)
+        x = self.ff_block_x(x)
+        if self.update_y:
+            y = y + torch.tanh(text)
+            y = self.ff_block_y(y)
+        return x, y
+
+    def ff_block_x(self, x: Tensor) -> Tensor:
+        return x + self.mlp_x(torch.tanh(x))
+
+    def ff_block_y(self, y: Tensor) -> Tensor:
+        return y + self.mlp_y(torch.tanh(y))
 
 
 class AsymmDiTJoint(nn.Module):
@@ -72,22 +117,15 @@ class AsymmDiTJoint(nn.Module):
         super().__init__()
         self.hidden_size_x, self.hidden_size_y, self.out_channels, self.patch_size = x, y, channels, 2
         self.x_embedder, self.final_layer = nn.Linear(4 * channels, x), nn.Linear(x, 4 * channels)
-        self.blocks = nn.ModuleList(
-            nn.ModuleDict({"attn": AsymmetricAttention(x, y, layer < depth - 1), "mlp_x": nn.Linear(x, x)}) for layer in range(depth)
-        )
-        for block in self.blocks[:-1]:
-            block["mlp_y"] = nn.Linear(y, y)
+        self.blocks = nn.ModuleList(AsymmetricJointBlock(x, y, update_y=layer < depth - 1) for layer in range(depth))
 
-    def forward(self, x: Tensor, sigma: Tensor, y_feat: list[Tensor], y_mask: list[Tensor], packed_indices: dict) -> Tensor:
+    def forward(
+        self, x: Tensor, sigma: Tensor, y_feat: list[Tensor], y_mask: list[Tensor], packed_indices: dict
+    ) -> Tensor:
         patches = patches_of(x, 1)
         h, y = self.x_embedder(patches.flatten(4).flatten(1, 3)), y_feat[0]
         for block in self.blocks:
-            attended, text = block["attn"](h, y, scale_x=1 + sigma[:, None, None], packed_indices=packed_indices)
-            h = h + torch.tanh(attended)
-            h = h + block["mlp_x"](torch.tanh(h))
-            if "mlp_y" in block:
-                y = y + torch.tanh(text)
-                y = y + block["mlp_y"](torch.tanh(y))
+            h, y = block(h, 1 + sigma[:, None, None], y, packed_indices=packed_indices)
         return video_of(self.final_layer(h).reshape(patches.shape), 1)
 
 

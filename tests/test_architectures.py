@@ -1,4 +1,5 @@
-"""The architectures of our own have the parameters of the published checkpoints, by name and shape, and upstream's conventions."""
+"""The architectures of our own have the parameters of the published checkpoints, by name and shape, and upstream's
+conventions."""
 
 from __future__ import annotations
 
@@ -26,9 +27,13 @@ def pairs(*modules):
 
 
 STDIT3_BLOCK = [
-    *pairs("attn.qkv", "attn.proj", "cross_attn.q_linear", "cross_attn.kv_linear", "cross_attn.proj", "mlp.fc1", "mlp.fc2"),
-    "attn.q_norm.weight", "attn.k_norm.weight", "scale_shift_table",
-]  # fmt: skip
+    *pairs(
+        "attn.qkv", "attn.proj", "cross_attn.q_linear", "cross_attn.kv_linear", "cross_attn.proj", "mlp.fc1", "mlp.fc2"
+    ),
+    "attn.q_norm.weight",
+    "attn.k_norm.weight",
+    "scale_shift_table",
+]
 LATTE_BLOCK = [
     *pairs(*(f"attn1.{part}" for part in ("to_q", "to_k", "to_v", "to_out.0")), "ff.net.0.proj", "ff.net.2"),
     "scale_shift_table",
@@ -51,7 +56,11 @@ VCHITECT_ATTENTION = [
     "to_add_out_temporal",
 ]
 VCHITECT_BLOCK = pairs(
-    "norm1.linear", "norm1_context.linear", *(f"attn.{part}" for part in VCHITECT_ATTENTION), "ff.net.0.proj", "ff.net.2"
+    "norm1.linear",
+    "norm1_context.linear",
+    *(f"attn.{part}" for part in VCHITECT_ATTENTION),
+    "ff.net.0.proj",
+    "ff.net.2",
 )
 VCHITECT_TEXT = pairs("attn.to_add_out", "ff_context.net.0.proj", "ff_context.net.2")
 
@@ -59,23 +68,38 @@ VCHITECT_TEXT = pairs("attn.to_add_out", "ff_context.net.0.proj", "ff_context.ne
 def test_stdit3_has_the_names_of_open_sora():
     model, _ = build("open-sora-1.2")
     outside = pairs(
-        "x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2", "fps_embedder.mlp.0", "fps_embedder.mlp.2", "t_block.1",
-        "y_embedder.y_proj.fc1", "y_embedder.y_proj.fc2", "final_layer.linear",
-    )  # fmt: skip
+        "x_embedder.proj",
+        "t_embedder.mlp.0",
+        "t_embedder.mlp.2",
+        "fps_embedder.mlp.0",
+        "fps_embedder.mlp.2",
+        "t_block.1",
+        "y_embedder.y_proj.fc1",
+        "y_embedder.y_proj.fc2",
+        "final_layer.linear",
+    )
     expected = {*outside, "y_embedder.y_embedding", "rope.freqs", "final_layer.scale_shift_table"}
     blocks = layer("spatial_blocks", STDIT3_BLOCK) | layer("temporal_blocks", STDIT3_BLOCK)
     assert names(model) == Counter(dict.fromkeys(expected, 1) | dict.fromkeys(blocks, 28))
     state = model.state_dict()
     assert state["y_embedder.y_embedding"].shape == (300, 4096) and state["rope.freqs"].shape == (36,)
-    assert state["x_embedder.proj.weight"].shape == (1152, 4, 1, 2, 2) and state["final_layer.linear.weight"].shape == (32, 1152)
+    assert state["x_embedder.proj.weight"].shape == (1152, 4, 1, 2, 2) and state["final_layer.linear.weight"].shape == (
+        32,
+        1152,
+    )
 
 
 def test_latte_t2v_has_the_names_of_open_sora_plan():
     model, _ = build("open-sora-plan-1.1")
     outside = pairs(
-        "pos_embed.proj", "proj_out", "adaln_single.linear", "adaln_single.emb.timestep_embedder.linear_1",
-        "adaln_single.emb.timestep_embedder.linear_2", "caption_projection.linear_1", "caption_projection.linear_2",
-    )  # fmt: skip
+        "pos_embed.proj",
+        "proj_out",
+        "adaln_single.linear",
+        "adaln_single.emb.timestep_embedder.linear_1",
+        "adaln_single.emb.timestep_embedder.linear_2",
+        "caption_projection.linear_1",
+        "caption_projection.linear_2",
+    )
     expected = {*outside, "caption_projection.y_embedding", "scale_shift_table"}
     blocks = layer("transformer_blocks", LATTE_BLOCK + LATTE_CROSS) | layer("temporal_transformer_blocks", LATTE_BLOCK)
     assert names(model) == Counter(dict.fromkeys(expected, 1) | dict.fromkeys(blocks, 28))
@@ -85,7 +109,10 @@ def test_latte_t2v_has_the_names_of_open_sora_plan():
 def test_vchitect_has_the_names_of_its_checkpoint():
     model, _ = build("vchitect-2.0")
     embedders = [f"time_text_embed.{which}_embedder.linear_{n}" for which in ("timestep", "text") for n in (1, 2)]
-    outside = {*pairs("pos_embed.proj", *embedders, "context_embedder", "norm_out.linear", "proj_out"), "pos_embed.pos_embed"}
+    outside = {
+        *pairs("pos_embed.proj", *embedders, "context_embedder", "norm_out.linear", "proj_out"),
+        "pos_embed.pos_embed",
+    }
     expected = dict.fromkeys(outside, 1) | dict.fromkeys(layer("transformer_blocks", VCHITECT_BLOCK), 24)
     assert names(model) == Counter(expected | dict.fromkeys(layer("transformer_blocks", VCHITECT_TEXT), 23))
     assert model.state_dict()["transformer_blocks.23.norm1_context.linear.weight"].shape == (2 * 1536, 1536)
@@ -101,7 +128,8 @@ def test_rows_are_independent(name):
     whole = whole if isinstance(whole, torch.Tensor) else whole[0]
     for row in range(rows):
         alone = {
-            key: value[row : row + 1] if isinstance(value, torch.Tensor) and len(value) == rows else value for key, value in inputs.items()
+            key: value[row : row + 1] if isinstance(value, torch.Tensor) and len(value) == rows else value
+            for key, value in inputs.items()
         }
         if name == "stdit3":  # one row for each prompt: rows 0 and 2 are the first prompt's, as [cond, uncond] has them
             alone |= {key: inputs[key][row % 2 : row % 2 + 1] for key in ("mask", "fps", "height", "width")}

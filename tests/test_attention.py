@@ -1,4 +1,5 @@
-"""diffusers' attention backends under the engine: the one that is set is the one that runs, compiled or not, and "auto" picks by its times.
+"""diffusers' attention backends under the engine: the one that is set is the one that runs, compiled or not, and "auto"
+picks by its times.
 
 An installed FlashAttention is played by functions in diffusers' own registry, under its name.
 """
@@ -30,7 +31,8 @@ native = registry._backends[NATIVE]
 
 @pytest.fixture(autouse=True)
 def fresh():
-    """No graph of another test, any recompilation an error, and diffusers' default as it was: `set_attention_backend` changes that, too."""
+    """No graph of another test, any recompilation an error, and diffusers' default as it was: `set_attention_backend`
+    changes that, too."""
     torch._dynamo.reset()
     active = registry._active_backend
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
@@ -56,7 +58,7 @@ def install(monkeypatch):
 @pytest.fixture
 def only(monkeypatch):
     """`only(names)`: "auto" has these to choose from."""
-    return lambda *names: monkeypatch.setattr(fastercache.attention, "EXACT", names)
+    return lambda *names: monkeypatch.setattr(fastercache.host.attention, "EXACT", names)
 
 
 @pytest.fixture
@@ -104,10 +106,10 @@ def attention_note(model):
 
 
 def graphs_of(model):
-    return len(model._fastercache_engine.graphs)
+    return len(model._fastercache_engine.gated.graphs)
 
 
-# ---- a backend by name ----------------------------------------------------------------------------------------------------------------
+# ---- a backend by name -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("compiled", [{}, {"regional": False}, {"regional": True}])
@@ -148,7 +150,7 @@ def test_both_experts_of_a_pipeline(halved):
     models = pipe.transformer, pipe.transformer_2
     before, ordinary = [state(model) for model in models], sample_pipeline(pipe, inputs)
     fastercache.compile(pipe, "none", attention_backend="flash")
-    assert [model._fastercache_engine.attention.backends for model in models] == [("flash",)] * 2
+    assert [model._fastercache_engine.host.attention.backends for model in models] == [("flash",)] * 2
     assert not torch.equal(sample_pipeline(pipe, inputs), ordinary)
     fastercache.restore(pipe)
     assert [state(model) for model in models] == before
@@ -172,7 +174,7 @@ def test_which_models_have_a_choice(family):
     before = state(model)
     if family in SWITCHABLE:
         fastercache.compile(model, attention_backend="_native_math")
-        assert model._fastercache_engine.attention.backends == ("_native_math",)
+        assert model._fastercache_engine.host.attention.backends == ("_native_math",)
         return
     with pytest.raises(CompileError, match=r"attention_backend='_native_math': .* has one attention backend only"):
         fastercache.compile(model, attention_backend="_native_math")
@@ -212,7 +214,9 @@ def test_a_backend_that_does_not_take_the_models_calls_is_refused_by_name(compil
     if by == "user":
         set_directly(model, dispatch.AttentionBackendName._NATIVE_FLASH)
     cached(model, **compiled, **({"attention_backend": "_native_flash"} if by == "option" else {}))
-    with pytest.raises(CompileError, match="does not run on the attention backend '_native_flash': `attn_mask` is not supported"):
+    with pytest.raises(
+        CompileError, match="does not run on the attention backend '_native_flash': `attn_mask` is not supported"
+    ):
         run(model)
     set_directly(model, NATIVE)
     assert torch.isfinite(run(model)).all()
@@ -231,9 +235,12 @@ import sys
 sys.modules["diffusers"] = None
 import torch, fastercache
 from bench.architectures import STDiT3
-model = STDiT3(hidden_size=16, depth=2, num_heads=2, in_channels=2, caption_channels=12, model_max_length=5).eval().requires_grad_(False)
-inputs = dict(x=torch.randn(2, 2, 3, 7, 8), timestep=torch.full((2,), 500.0), y=torch.randn(2, 1, 5, 12), mask=torch.ones(1, 5, dtype=int),
-              x_mask=torch.ones(2, 3, dtype=bool), fps=torch.tensor([24.0]), height=torch.tensor([56.0]), width=torch.tensor([64.0]))
+model = STDiT3(
+    hidden_size=16, depth=2, num_heads=2, in_channels=2, caption_channels=12, model_max_length=5
+).eval().requires_grad_(False)
+inputs = dict(x=torch.randn(2, 2, 3, 7, 8), timestep=torch.full((2,), 500.0), y=torch.randn(2, 1, 5, 12),
+              mask=torch.ones(1, 5, dtype=int), x_mask=torch.ones(2, 3, dtype=bool),
+              fps=torch.tensor([24.0]), height=torch.tensor([56.0]), width=torch.tensor([64.0]))
 fastercache.compile(model, steps=1, cfg="uncond-first", attention_backend="auto")
 with torch.no_grad():
     model(**inputs)
@@ -243,7 +250,7 @@ print(fastercache.summary(model).flops.ratio, fastercache.summary(model).notes)
     assert done.returncode == 0 and "nothing to choose" in done.stdout, done.stderr
 
 
-# ---- a change after the graphs were made ----------------------------------------------------------------------------------------------
+# ---- a change after the graphs were made -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("regional", [False, True])
@@ -291,7 +298,7 @@ def test_a_change_in_the_middle_of_a_run_is_seen(halved):
     torch.testing.assert_close(halfway(cached(ltx(), backend="eager")), halfway(cached(ltx())), rtol=1e-10, atol=1e-12)
 
 
-# ---- "auto" ---------------------------------------------------------------------------------------------------------------------------
+# ---- "auto" ----------------------------------------------------------------------------------------------------------
 
 
 def waiting(seconds, attend=native):
@@ -318,7 +325,7 @@ def test_auto_takes_the_fastest_and_times_once(install, only):
     assert note.startswith("attention: flash (auto: flash ")
     # Two layers, with two attentions each, that wait.
     shown = {name: float(time) for name, time in (word.split()[:2] for word in note.partition("auto: ")[2].split(", "))}
-    assert 12 <= shown["native"] < 20 and 24 <= shown["_native_math"] < 40
+    assert 12 <= shown["native"] < shown["_native_math"] >= 24  # sleeps: never shorter, on a busy machine longer
     assert set(state(model)[0]) == {FLASH} and registry._active_backend == before[1]
     counted.clear()
     run(model, inputs)
@@ -338,7 +345,7 @@ def test_auto_picks_before_the_phases_are_compiled(install, only, regional):
     counter = CompileCounter()
     model = cached(wan(torch.float32), backend=counter, regional=regional, attention_backend="auto")
     fastercache.warmup(model, progress=False, **inputs)
-    assert model._fastercache_engine.attention.backends == ("flash",)
+    assert model._fastercache_engine.host.attention.backends == ("flash",)
     alone = counter.frame_count - graphs_of(model)
     assert graphs_of(model) == 3 and alone == 2 * 2  # self- and cross-attention by each of the two
     for _ in range(2):
@@ -366,10 +373,12 @@ def broken(**arguments):
 @pytest.mark.parametrize(
     "flash, reason",
     [
-        (off_by_a_little, "differs from the exact result by"), (blind_to_masks, "differs from the exact result by"),
-        (gives_nan, "differs from the exact result by nan"), (broken, "head size 8 is not a multiple of 16)"),
+        (off_by_a_little, "differs from the exact result by"),
+        (blind_to_masks, "differs from the exact result by"),
+        (gives_nan, "differs from the exact result by nan"),
+        (broken, "head size 8 is not a multiple of 16)"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("compiler", [None, "eager"])
 def test_auto_leaves_out_what_is_wrong_or_fails(flash, reason, compiler, install, only):
     install(NATIVE, repeated(2))
@@ -379,7 +388,7 @@ def test_auto_leaves_out_what_is_wrong_or_fails(flash, reason, compiler, install
     run(model)
     note = attention_note(model)
     assert note.startswith("attention: native (auto: native ") and f"; not flash: {reason}" in note
-    assert model._fastercache_engine.attention.backends == ("native",)
+    assert model._fastercache_engine.host.attention.backends == ("native",)
 
 
 def test_auto_never_takes_a_quantized_one(install):
@@ -405,7 +414,7 @@ def test_auto_on_what_this_machine_has(make):
     note = attention_note(model)
     assert "native " in note and "_native_math " in note and "flex" not in note
     picked = note.split()[1]
-    assert model._fastercache_engine.attention.backends == (picked,)
+    assert model._fastercache_engine.host.attention.backends == (picked,)
     again = run(model, inputs)
     assert attention_note(model) == note and torch.isfinite(again).all()
 
@@ -415,7 +424,7 @@ def test_auto_that_cannot_time_says_so(install, only, monkeypatch):
     model = ltx(torch.float32)
     set_directly(model, MATH)
     before = state(model)
-    monkeypatch.setattr(fastercache.attention, "MOST_SCORES", 0)
+    monkeypatch.setattr(fastercache.host.attention, "MOST_SCORES", 0)
     run(cached(model, attention_backend="auto"))
     assert "; not _native_math: would hold 0.0 GB of scores" in attention_note(model)
     fastercache.restore(model)
@@ -433,7 +442,7 @@ def test_the_count_of_operations_does_not_depend_on_the_backend(install):
     model = cached(ltx(torch.float32), attention_backend="flash")
     run(model)
     assert vars(fastercache.summary(model).flops) == vars(fastercache.summary(expected).flops)
-    assert model._fastercache_engine.attention.backends == ("flash",)
+    assert model._fastercache_engine.host.attention.backends == ("flash",)
 
 
 def test_command_line():
@@ -443,6 +452,6 @@ def test_command_line():
 
 def test_a_name_in_another_form():
     model = cached(ltx(), attention_backend=MATH)
-    assert model._fastercache_engine.attention.backends == ("_native_math",)
+    assert model._fastercache_engine.host.attention.backends == ("_native_math",)
     with pytest.raises(CompileError, match="one attention backend only"):
         fastercache.compile(cogvideox(), attention_backend=MATH)

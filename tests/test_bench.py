@@ -1,4 +1,5 @@
-"""The parts of the benchmarks that decide what a report says: intervals, verdicts, the clips kept on disk, the files written."""
+"""The parts of the benchmarks that decide what a report says: intervals, verdicts, the clips kept on disk, the files
+written."""
 
 import json
 import math
@@ -25,7 +26,9 @@ def test_wilson_agrees_with_its_formula():
 
 
 def outcomes(both: int, first: int, second: int, neither: int) -> tuple[list[bool], list[bool]]:
-    return [True] * (both + first) + [False] * (second + neither), [True] * both + [False] * first + [True] * second + [False] * neither
+    return [True] * (both + first) + [False] * (second + neither), [True] * both + [False] * first + [True] * second + [
+        False
+    ] * neither
 
 
 def test_paired_proportions_reproduce_newcombes_published_example():
@@ -92,7 +95,11 @@ class FakePipeline:
 
 @pytest.fixture
 def variants(monkeypatch):
-    monkeypatch.setattr(shapes, "identity", lambda variant, steps: {"schedule": variant.schedule, "guided": variant.guided, "steps": steps})
+    monkeypatch.setattr(
+        shapes,
+        "identity",
+        lambda variant, steps: {"schedule": variant.schedule, "guided": variant.guided, "steps": steps},
+    )
     return [shapes.UNCACHED, shapes.UNGUIDED]
 
 
@@ -106,7 +113,9 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(tmp_path, variants):
     kept = first.made[: len(first.made) // shapes.CHUNK * shapes.CHUNK]
     assert sorted(kept + second.made) == sorted((variant.name, pair.seed) for variant in variants for pair in pairs)
     assert n == 10 and clips["unguided"].facts == {"flops_ratio": 1.5}
-    assert clips["uncached"].frames[:, 0, 0, 0, 0].tolist() == [(pair.seed % 64 + len("uncached")) / 128 for pair in pairs]
+    assert clips["uncached"].frames[:, 0, 0, 0, 0].tolist() == [
+        (pair.seed % 64 + len("uncached")) / 128 for pair in pairs
+    ]
 
     third = FakePipeline()
     shapes.collect(variants, pairs, 6, work=tmp_path, processes=0, make=third)
@@ -129,7 +138,9 @@ def test_variants_of_one_schedule_are_made_once(tmp_path, variants):
 
 def test_a_deadline_leaves_whole_pairs_or_says_so(tmp_path, variants):
     shapes.collect(variants, shapes.held_out(4), 5, work=tmp_path, processes=0, make=FakePipeline())
-    n, clips = shapes.collect(variants, shapes.held_out(12), 5, work=tmp_path, processes=0, minutes=-1, make=FakePipeline())
+    n, clips = shapes.collect(
+        variants, shapes.held_out(12), 5, work=tmp_path, processes=0, minutes=-1, make=FakePipeline()
+    )
     assert n == 4 and len(clips["uncached"].frames) == 4
     with pytest.raises(SystemExit, match="minutes"):
         shapes.collect(variants, shapes.held_out(4), 7, work=tmp_path, processes=0, minutes=-1, make=FakePipeline())
@@ -142,14 +153,20 @@ def test_ablation_rows_compare_pair_by_pair():
     ssim = {arm.name: np.full(4, 0.9) for arm in arms}
     rows = shapes_ablations.compare(arms, psnr, ssim, {arm.name: {"flops_ratio": 1.5} for arm in arms})
     assert "verdict" not in rows[0] and rows[1]["verdict"] == "agrees with the paper"
-    assert rows[1]["psnr_difference_db"] == pytest.approx(-0.2) and rows[1]["paper_psnr_difference_db"] == pytest.approx(-0.21)
+    assert rows[1]["psnr_difference_db"] == pytest.approx(-0.2) and rows[1][
+        "paper_psnr_difference_db"
+    ] == pytest.approx(-0.21)
     assert len(shapes_ablations.cells(rows[0])) == len(shapes_ablations.cells(rows[1])) == len(shapes_ablations.HEADER)
 
 
 def test_every_ablation_group_has_one_default_and_builds():
     for arms in shapes_ablations.GROUPS.values():
         assert [arm.name for arm in arms].count(shapes_ablations.DEFAULT) == 1
-    texts = {arm.name: shapes.cached(arm.name, arm.policy, 50).schedule for arms in shapes_ablations.GROUPS.values() for arm in arms}
+    texts = {
+        arm.name: shapes.cached(arm.name, arm.policy, 50).schedule
+        for arms in shapes_ablations.GROUPS.values()
+        for arm in arms
+    }
     assert len(set(texts.values())) == len(texts) == 10
 
 
@@ -181,9 +198,14 @@ def test_report_files_are_strict_json_and_markdown(tmp_path, capsys):
     report.write(out, "Title", "python -m bench.x", data, ["A line."])
     document = json.loads(out.read_text(), parse_constant=pytest.fail)
     assert (
-        document["numbers"] == 0.5 and document["unbounded"] == [None, 1] and document["long"] == data["long"] and document["empty"] == {}
+        document["numbers"] == 0.5
+        and document["unbounded"] == [None, 1]
+        and document["long"] == data["long"]
+        and document["empty"] == {}
     )
     assert {"commit", "date", "machine", "versions", "ops"} <= set(document)
     text = out.with_suffix(".md").read_text()
-    assert text.startswith("# Title\n\nA line.\n\nMade by `python -m bench.x`") and capsys.readouterr().out.startswith("# Title")
+    assert text.startswith("# Title\n\nA line.\n\nMade by `python -m bench.x`") and capsys.readouterr().out.startswith(
+        "# Title"
+    )
     assert sorted(path.name for path in out.parent.iterdir()) == ["result.json", "result.md"]

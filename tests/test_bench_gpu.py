@@ -1,4 +1,5 @@
-"""The benchmarks of the ops, rehearsed small: what they check before they time, what they write, and what they say of failures."""
+"""The benchmarks of the ops, rehearsed small: what they check before they time, what they write, and what they say of
+failures."""
 
 import json
 import math
@@ -17,8 +18,22 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # `bench` is not installe
 from bench import cpu_ops, gpu, gpu_measure, op_cases, op_rows, timing
 from fastercache import ops
 
-ROW_KEYS = {"op", "case", "bytes", "p20_us", "p50_us", "p80_us", "gbps", "copy_fraction", "vs_eager", "vs_inductor", "max_error"}
-needs_packed = pytest.mark.skipif(ops.packed_missing(torch.device("cpu")) is not None, reason="packed rings need the C++ library")
+ROW_KEYS = {
+    "op",
+    "case",
+    "bytes",
+    "p20_us",
+    "p50_us",
+    "p80_us",
+    "gbps",
+    "copy_fraction",
+    "vs_eager",
+    "vs_inductor",
+    "max_error",
+}
+needs_packed = pytest.mark.skipif(
+    ops.packed_missing(torch.device("cpu")) is not None, reason="packed rings need the C++ library"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -58,15 +73,22 @@ def failing(t):
 
 
 def test_a_right_result_is_timed_against_the_best_plain_form():
-    row, notes = op_rows.measure(adding({"ours": right, "eager a": right, "eager b": right, "inductor": right}), "cpu", 0.0)
+    row, notes = op_rows.measure(
+        adding({"ours": right, "eager a": right, "eager b": right, "inductor": right}), "cpu", 0.0
+    )
     p50 = row["p50_us_of"]
     assert row["correct"] and not notes and set(p50) == {"ours", "eager a", "eager b", "inductor", "copy"}
     assert 0 < row["p20_us"] <= row["p50_us"] <= row["p80_us"] and row["p50_us"] == p50["ours"]
-    assert row["vs_eager"] == min(p50["eager a"], p50["eager b"]) / p50["ours"] and row["vs_inductor"] == p50["inductor"] / p50["ours"]
+    assert (
+        row["vs_eager"] == min(p50["eager a"], p50["eager b"]) / p50["ours"]
+        and row["vs_inductor"] == p50["inductor"] / p50["ours"]
+    )
     assert row["copy_fraction"] == p50["copy"] / p50["ours"] and row["gbps"] == 8000 / p50["ours"] / 1e3
 
 
-@pytest.mark.parametrize(("ours", "said"), [(wrong, "is wrong"), (incomplete, "is wrong"), (failing, "failed: ValueError: no such kernel")])
+@pytest.mark.parametrize(
+    ("ours", "said"), [(wrong, "is wrong"), (incomplete, "is wrong"), (failing, "failed: ValueError: no such kernel")]
+)
 def test_a_wrong_result_gets_no_time(ours, said):
     row, notes = op_rows.measure(adding({"ours": ours, "eager": right}), "cpu", 0.0)
     assert not row["correct"] and all(row[key] is None for key in op_rows.TIMES) and said in notes[0]
@@ -84,11 +106,17 @@ def test_bars_take_the_worst_row():
     rows = [{"op": "a", "case": "small", "ratio": 1.2}, {"op": "a", "case": "large", "ratio": 0.8}]
     bar = partial(op_rows.bar, "text", value=lambda row: row["ratio"])
     assert bar(rows=rows, bound=0.9) | {"bar": 0} == {
-        "bar": 0, "bound": 0.9, "measured": 0.8, "worst": "a, large", "verdict": "does not hold"
-    }  # fmt: skip
+        "bar": 0,
+        "bound": 0.9,
+        "measured": 0.8,
+        "worst": "a, large",
+        "verdict": "does not hold",
+    }
     assert bar(rows=rows, bound=0.8)["verdict"] == "holds"
     assert bar(rows=rows, bound=1.1, at_least=False)["worst"] == "a, small"
-    assert bar(rows=[*rows, {"ratio": None}], bound=0.0)["verdict"] == "not measured" == bar(rows=[], bound=0.0)["verdict"]
+    assert (
+        bar(rows=[*rows, {"ratio": None}], bound=0.0)["verdict"] == "not measured" == bar(rows=[], bound=0.0)["verdict"]
+    )
 
 
 def test_forms_take_turns():
@@ -107,7 +135,19 @@ def test_a_rehearsal_on_the_cpu(tmp_path, monkeypatch, capsys):
     committed = tmp_path / "committed.json"
     monkeypatch.setattr(gpu, "run", in_process)
     monkeypatch.setattr(gpu, "COMMITTED", committed)
-    arguments = ["--out", str(tmp_path), "--device", "cpu", "--scale", "0.0005", "--seconds", "0", "--no-inductor", "--commit", "abc"]
+    arguments = [
+        "--out",
+        str(tmp_path),
+        "--device",
+        "cpu",
+        "--scale",
+        "0.0005",
+        "--seconds",
+        "0",
+        "--no-inductor",
+        "--commit",
+        "abc",
+    ]
     assert gpu.main(arguments) == 0
     document = json.loads((tmp_path / "kernels.json").read_text(), parse_constant=pytest.fail)
     assert {"device", "versions", "commit", "copy_gbps", "rows"} <= set(document)
@@ -135,9 +175,20 @@ def test_a_rehearsal_on_the_cpu(tmp_path, monkeypatch, capsys):
 
 def test_bars_need_every_case():
     """Rows that time did not allow leave their bar open."""
-    names = ("ring_push", "ring_blend", "ring_blend_add", "cfg_reconstruct", "cfg_skipped_step", "cfg_split")
+    names = (
+        "ring_push",
+        "ring_push_residual",
+        "ring_blend",
+        "ring_blend_add",
+        "cfg_reconstruct",
+        "cfg_skipped_step",
+        "cfg_split",
+    )
     times = {"p50_us_of": {"ours": 1.0, op_cases.AS_RELEASED: 50.0}}
-    rows = [{"op": name, "case": "x", "copy_fraction": 0.95, "vs_eager": 40.0, "vs_inductor": 1.0, **times} for name in names]
+    rows = [
+        {"op": name, "case": "x", "copy_fraction": 0.95, "vs_eager": 40.0, "vs_inductor": 1.0, **times}
+        for name in names
+    ]
     dispatch = [{"op": "ring_push", "op_us": 2.0, "function_us": 4.0}]
     assert {bar["verdict"] for bar in gpu_measure.bars(rows, dispatch, "cuda")} == {"holds"}
     late = {"op": "ring_push", "case": "y", **dict.fromkeys(op_rows.TIMES)}
@@ -158,15 +209,46 @@ def test_regressions_compare_like_with_like():
 
 @pytest.mark.parametrize(
     ("script", "minutes", "outcome"),
-    [("print('fine')", 1, "passed"), ("raise SystemExit(3)", 1, "failed with 3"), ("import time; time.sleep(60)", 0, "ended after")],
+    [
+        ("print('fine')", 1, "passed"),
+        ("raise SystemExit(3)", 1, "failed with 3"),
+        ("import time; time.sleep(60)", 0, "ended after"),
+    ],
 )
 def test_a_step_is_ended_and_reported(tmp_path, script, minutes, outcome):
     step = gpu.run("build", [sys.executable, "-c", script], tmp_path, minutes)
     assert step["outcome"].startswith(outcome) and step["last"] == ("fine" if outcome == "passed" else "")
 
 
+def test_the_gpu_tests_are_those_of_the_ops_and_of_cuda_graphs(tmp_path, monkeypatch):
+    """Never with interpreted kernels; and one that only skips has not passed."""
+    begun = []
+
+    def start(name, command, out, **environment):
+        begun.append(command[3])
+        return {"step": name}
+
+    def finish(step, minutes):
+        return {
+            **step,
+            "outcome": "passed",
+            "seconds": 0,
+            "last": "2 skipped" if step["step"] == "graphs" else "9 passed",
+        }
+
+    monkeypatch.setattr(gpu, "start", start)
+    monkeypatch.setattr(gpu, "finish", finish)
+    assert [step["outcome"] for step in gpu.test(tmp_path, 1.0)] == ["passed", "failed: no test ran"]
+    assert begun == ["tests/ops/test_gpu.py", "tests/test_cuda_graphs.py"] and all(
+        (gpu.ROOT / path).is_file() for path in begun
+    )
+    assert gpu.ENVIRONMENT["TRITON_INTERPRET"] == "0"
+
+
 def test_a_step_that_fails_fails_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "build", lambda out, minutes: {"step": "build", "outcome": "failed with 1", "seconds": 0, "last": ""})
+    monkeypatch.setattr(
+        gpu, "build", lambda out, minutes: {"step": "build", "outcome": "failed with 1", "seconds": 0, "last": ""}
+    )
     assert gpu.main(["--out", str(tmp_path), "--steps", "build"]) == 1
 
 
@@ -179,4 +261,6 @@ def test_the_cpu_report(tmp_path):
     assert all(bar["verdict"] in ("holds", "does not hold") for bar in document["bars"])
     formats = {(row["channels"], row["format"]): row for row in document["formats"]}
     assert formats[1920, "int8"]["rms_error"] < formats[1920, "int8-int4"]["rms_error"]
-    assert math.isclose(formats[1920, "int8"]["share_of_two_bfloat16_slots"], ops.PackedRow(1920, 8).bytes / (4 * 1920))
+    assert math.isclose(
+        formats[1920, "int8"]["share_of_two_bfloat16_slots"], ops.PackedLine(1920, 8).bytes / (4 * 1920)
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import imageio.v3 as iio
@@ -10,8 +11,10 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from fastercache import Schedule, demo, ops, policies
+import fastercache
+from fastercache import Schedule, Step, demo, ops, policies, shapes
 from fastercache.cli import app
+from fastercache.report.published import SYSTEMS
 
 PROMPT = "a red circle moving right"
 
@@ -28,7 +31,7 @@ def error_of(*words: object) -> str:
     return line
 
 
-# ---- inspect --------------------------------------------------------------------------------------------------------------------------
+# ---- inspect ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("policy", policies.BY_NAME)
@@ -61,6 +64,14 @@ def test_inspect_file(tmp_path):
     assert "has 12 steps, not 50" in error_of("inspect", file, "--steps", 50)
 
 
+def test_a_name_that_looks_like_markup_is_printed_as_it_is(tmp_path):
+    file = tmp_path / "mine.json"
+    file.write_text('{"steps": [{}, {"branches": "cond"}], "name": "[/red] [bold]x"}')
+    assert "[/red] [bold]x, 2 steps" in run("inspect", file).stdout
+    file.write_text('{"steps": [{"branches": "cond"}], "name": "[/red]"}')
+    assert "schedule '[/red]', step 1 runs" in error_of("inspect", file)
+
+
 @pytest.mark.parametrize("policy", policies.BY_NAME)
 def test_inspect_json(policy):
     document = json.loads(run("inspect", policy, "--steps", 20, "--json").stdout)
@@ -69,7 +80,8 @@ def test_inspect_json(policy):
 
 
 def test_inspect_preset_costs():
-    """CogVideoX-2B, released: 11,998 TFLOPs uncached and 7,374 cached for 49 frames (counted from the shapes and the script's counters)."""
+    """CogVideoX-2B, released: 11,998 TFLOPs uncached and 7,374 cached for 49 frames (counted from the shapes and the
+    script's counters)."""
     document = json.loads(run("inspect", "cogvideox-2b/released", "--json").stdout)
     assert document["steps"] == 50 and [len(phase["steps"]) for phase in document["phases"]]
     assert document["flops"]["uncached"] == pytest.approx(11_998e12, rel=1e-3)
@@ -83,8 +95,37 @@ def test_inspect_preset_costs():
     assert "without guidance" in unguided and "25.64 GB; an 80 GB GPU holds them and the cache as int8-int4" in unguided
 
 
+def test_inspect_prints_what_a_preset_keeps():
+    """CogVideoX-2B: of 30 attentions, two results of video and text each, of the conditional branch; MLPs of Open-Sora
+    keep one."""
+    output = run("inspect", "cogvideox-2b/released").stdout
+    assert "120 tensors of 30 joint sites, cond\n" in output and "4.10 GB as model" in output
+    kept = json.loads(run("inspect", "open-sora-1.2/released-mlp", "--json").stdout)["kept"]
+    mlp = next(entry for entry in kept if entry["kind"] == "mlp")
+    assert mlp["sites"] == 29 and mlp["tensors"] == 29 * len(mlp["branches"])
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_inspect_prints_what_reusing_the_stack_keeps(tmp_path, system):
+    """One tensor for each branch and tap, of the stream that is read after the last block."""
+    described = SYSTEMS[system]
+    Schedule((Step(), Step(), Step("both", ("stack",), (1.5, -0.5)))).to_json(tmp_path / "stack.json")
+    output = run("inspect", tmp_path / "stack.json", "--system", system).stdout
+    branches = 2 if described.guided else 1
+    tokens, channels = described.sites[1].outputs[0]
+    assert f"{2 * branches} tensors of 1 stack site, {'cond + uncond' if described.guided else 'cond'}\n" in output
+    assert f"{2 * branches * tokens * channels * 2 / 1e9:.2f} GB as model" in output
+
+
+def test_inspect_does_not_know_a_system():
+    line = error_of("inspect", "paper", "--system", "sora")
+    assert "--system sora: known are open-sora-1.2" in line and "hunyuan-video" in line
+
+
 def test_inspect_shows_sites_that_are_blended_their_own_way():
-    assert "mlp[14:43] A, the newest output unchanged, on 10 steps" in run("inspect", "open-sora-1.2/released-mlp").stdout
+    assert (
+        "mlp[14:43] A, the newest output unchanged, on 10 steps" in run("inspect", "open-sora-1.2/released-mlp").stdout
+    )
 
 
 def test_inspect_mistakes(tmp_path):
@@ -95,7 +136,26 @@ def test_inspect_mistakes(tmp_path):
     assert "is not JSON" in error_of("inspect", broken)
 
 
-# ---- info -----------------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("words", [("inspect", "wide.json"), ("inspect", "--help"), ("sample", "--help"), ("info",)])
+def test_no_name_is_cut_at_80_columns(tmp_path, monkeypatch, words):
+    selectors = ("spatial[0:28]", "temporal[0:28]", "mlp[14:43]", "joint[100:200]")
+    steps = (Step(), Step(), Step(reuse=selectors, taps=(1.0,)))
+    Schedule(steps, name="a name of more than forty characters, as people give them").to_json(tmp_path / "wide.json")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    output = run(*words).stdout
+    assert "…" not in output
+    if words[-1] == "wide.json":
+        assert ", ".join(selectors) in output and "as people give them, 3 steps" in output
+    if words == ("inspect", "--help"):
+        assert all(name in output for name in policies.PRESETS)
+
+
+def test_version():
+    assert run("--version").stdout == f"fastercache {fastercache.__version__}\n"
+
+
+# ---- info ------------------------------------------------------------------------------------------------------------
 
 
 def test_info():
@@ -105,7 +165,14 @@ def test_info():
         assert word in result.stdout
 
 
-# ---- demo -----------------------------------------------------------------------------------------------------------------------------
+def test_info_json():
+    document = json.loads(run("info", "--json").stdout)
+    assert document["versions"]["torch"] == torch.__version__
+    assert document["ops"] == ops.implementations() and document["notes"] == ops.fallback_reasons()
+    assert document["machine"]["cores"] >= 1
+
+
+# ---- demo ------------------------------------------------------------------------------------------------------------
 
 
 def test_demo(tmp_path):
@@ -122,6 +189,7 @@ def test_demo(tmp_path):
     assert len(iio.imread(tmp_path / "comparison.gif")) == 8
     assert "schedule 'paper', 4 steps" in (tmp_path / "summary.txt").read_text()
     assert "schedule 'paper', 4 steps" in result.stdout and "fewer" in result.stdout
+    assert re.search(r"^\d+ CPU threads?[ ,]", result.stdout, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -139,14 +207,14 @@ def test_missing_package(tmp_path, monkeypatch):
     assert line == 'diffusers is not installed: pip install "fastercache[demo]"'
 
 
-# ---- sample ---------------------------------------------------------------------------------------------------------------------------
+# ---- sample ----------------------------------------------------------------------------------------------------------
 
 
 def test_sample(tmp_path):
     out = tmp_path / "new" / "clip.mp4"
     result = run("sample", "shapes", "--prompt", PROMPT, "--steps", 2, "--out", out)
     assert result.exit_code == 0, result.output
-    assert "8 frames of 64 x 64" in result.stdout and "2 steps" in result.stdout
+    assert "8 frames of 64 x 64" in result.stdout and "2 steps" in result.stdout and "CPU thread" in result.stdout
     assert iio.imread(out, plugin="pyav").shape == (8, 64, 64, 3)
 
 
@@ -174,3 +242,105 @@ def test_sample_mistakes(tmp_path):
     line = error_of("sample", tmp_path, "--prompt", PROMPT, "--out", tmp_path / "x.mp4")
     assert str(tmp_path) in line and "save_pretrained" in line
     assert "unknown policy" in error_of("sample", "shapes", "--prompt", PROMPT, "--schedule", "fast")
+
+
+def test_sample_as_json(tmp_path):
+    out = tmp_path / "clip.gif"
+    result = run("sample", "shapes", "--prompt", PROMPT, "--steps", 4, "--out", out, "--json")
+    found = json.loads(result.stdout)
+    assert (found["video"], found["frames"], found["height"], found["width"]) == (str(out), 8, 64, 64)
+    assert found["summary"]["steps_done"] == 4 and found["summary"]["schedule"] == "paper" and found["seconds"] > 0
+    result = run("sample", "shapes", "--prompt", PROMPT, "--steps", 4, "--out", out, "--json", "--compare")
+    assert {"uncached_seconds", "psnr_db"} < set(json.loads(result.stdout))
+
+
+def test_a_directory_is_sampled_as_its_weights_were_made(tmp_path):
+    """LattePipeline's own defaults are 16 frames of 512 x 512."""
+    result = run("sample", shapes.PIPELINE, "--prompt", PROMPT, "--steps", 1, "--out", tmp_path / "clip.gif")
+    assert "8 frames of 64 x 64" in result.stdout
+
+
+@pytest.fixture
+def unloaded(monkeypatch):
+    """Whoever comes as far as loading a pipeline has not looked first."""
+
+    def load(*_, **__):
+        raise AssertionError("a pipeline was loaded")
+
+    monkeypatch.setattr(shapes, "load_pipeline", load)
+
+
+@pytest.mark.usefixtures("unloaded")
+class TestWhatIsNoticedBeforeAnythingIsLoaded:
+    @pytest.mark.parametrize("name", ["clip.webp", "clip", "clip.mp5"])
+    def test_a_suffix(self, tmp_path, name):
+        line = error_of("sample", "shapes", "--prompt", PROMPT, "--out", tmp_path / name)
+        assert name in line and ".mp4, .mov, .mkv, .gif, or .png" in line
+
+    @pytest.mark.parametrize("name", ["file/clip.mp4", "folder.mp4", "a" * 300 + ".mp4"])
+    def test_a_place_that_cannot_be_written(self, tmp_path, name):
+        (tmp_path / "file").touch()
+        (tmp_path / "folder.mp4").mkdir()
+        assert "give another place" in error_of("sample", "shapes", "--prompt", PROMPT, "--out", tmp_path / name)
+
+    def test_a_place_for_the_demo(self, tmp_path):
+        (tmp_path / "result.json").mkdir()
+        assert "result.json" in error_of("demo", "--prompt", PROMPT, "--out", tmp_path)
+        (tmp_path / "file").touch()
+        assert "give another place" in error_of("demo", "--prompt", PROMPT, "--out", tmp_path / "file")
+
+    @pytest.mark.parametrize(
+        ("option", "value", "remedy"),
+        [
+            ("--max-cache-gb", "inf", "leave the option out"),
+            ("--max-cache-gb", "nan", "leave the option out"),
+            ("--seed", "12345678901234567890", "from 0 to 9223372036854775807"),
+            ("--seed", "-1", "from 0 to"),
+            ("--guidance", "nan", "give a number"),
+        ],
+    )
+    def test_a_number(self, option, value, remedy):
+        line = error_of("sample", "shapes", "--prompt", PROMPT, option, value)
+        assert f"{option} {value}" in line and remedy in line
+
+    def test_steps_beyond_any_sampler(self):
+        result = run("sample", "shapes", "--prompt", PROMPT, "--steps", 10**9)
+        assert result.exit_code == 2 and "--steps" in result.stderr
+
+    def test_a_prompt_that_shapes_has_not_learnt(self):
+        assert "zebra" in error_of("sample", "shapes", "--prompt", "a zebra moving right")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "reason"),
+    [("height", 63, "divisible by 8"), ("frames", 9, "tensor a (9)"), ("steps", 2000, "1000")],
+)
+def test_sizes_that_the_pipeline_refuses(tmp_path, option, value, reason):
+    result = run(
+        "sample", "shapes", "--prompt", PROMPT, "--steps", 2, f"--{option}", value, "--out", tmp_path / "clip.gif"
+    )
+    line = result.stderr.splitlines()[-1]
+    assert result.exit_code == 2 and f"{option} {value}" in line and reason in line
+
+
+def test_a_name_on_the_hub_needs_download(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    line = error_of("sample", "nobody/nothing", "--prompt", PROMPT, "--out", tmp_path / "clip.gif")
+    assert "nobody/nothing" in line and "add --download" in line
+
+
+def test_a_warning_is_one_line(tmp_path):
+    result = run(
+        "sample",
+        "shapes",
+        "--prompt",
+        PROMPT,
+        "--steps",
+        2,
+        "--schedule",
+        "dynamic-only",
+        "--out",
+        tmp_path / "clip.gif",
+    )
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("warning: schedule 'dynamic-only' skips nothing here")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +20,10 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 class Replayed:
     """A backend of torch.compile that uses memory as Inductor's CUDA graphs do.
 
-    A tensor whose address is not known to be static is copied to a place of its own before a replay, and must not be written to. Outputs
-    lie at the same addresses in every replay, and the memory is shared: a replay of any graph overwrites what the last one gave.
+    A tensor whose address is not known to be static is copied to a place of its own before a replay, and must not be
+    written to. Outputs
+    lie at the same addresses in every replay, and the memory is shared: a replay of any graph overwrites what the last
+        one gave.
     """
 
     def __init__(self) -> None:
@@ -28,18 +33,27 @@ class Replayed:
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list, **_):
         placeholders = graph.graph.find_nodes(op="placeholder")
-        static = [node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") is not None for node in placeholders]
+        static = [
+            node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") is not None for node in placeholders
+        ]
         self.graphs.append(graph)
-        self.moving.append(sum(x.nbytes for x, fixed in zip(inputs, static, strict=True) if not fixed and isinstance(x, torch.Tensor)))
+        self.moving.append(
+            sum(x.nbytes for x, fixed in zip(inputs, static, strict=True) if not fixed and isinstance(x, torch.Tensor))
+        )
         given: list[torch.Tensor] = []
 
         def replay(*arguments):
             for output in self._outputs:
                 output.fill_(torch.nan)
-            moved = [x if fixed or not isinstance(x, torch.Tensor) else x.clone() for x, fixed in zip(arguments, static, strict=True)]
+            moved = [
+                x if fixed or not isinstance(x, torch.Tensor) else x.clone()
+                for x, fixed in zip(arguments, static, strict=True)
+            ]
             before = [x.clone() for x in moved]
             results = graph(*moved)
-            written = [not torch.equal(x, was) for x, was, fixed in zip(moved, before, static, strict=True) if not fixed]
+            written = [
+                not torch.equal(x, was) for x, was, fixed in zip(moved, before, static, strict=True) if not fixed
+            ]
             assert not any(written), "a graph writes to a tensor without a static address: Inductor would not record it"
             if not given:
                 given.extend(map(torch.empty_like, results))
@@ -54,7 +68,8 @@ class Replayed:
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("format", ["model", "int8"])
 def test_predictions_outlive_the_next_replay(family, format):
-    """Known from others as "accessing tensor output of CUDAGraphs that has been overwritten": a sampler may keep its last predictions."""
+    """Known from others as "accessing tensor output of CUDAGraphs that has been overwritten": a sampler may keep its
+    last predictions."""
     if format != "model" and fastercache.ops.packed_missing(torch.device("cpu")):
         pytest.skip("packed caches need the C++ library")
     expected = sample(cached(MODELS[family](torch.float32), cache_format=format))
@@ -84,10 +99,21 @@ def test_caches_allocated_anew_cost_no_graph():
     assert torch.equal(sample(model), first) and len(backend.graphs) == 3
 
 
+@pytest.mark.parametrize("folder", [".", "ops"])
+def test_kernels_are_interpreted_only_where_there_is_no_gpu(folder, monkeypatch):
+    conftest = Path(__file__).parent / folder / "conftest.py"
+    for gpu in (True, False):
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        runpy.run_path(str(conftest))
+        assert os.environ.get("TRITON_INTERPRET") == (None if gpu else "1")
+
+
 @needs_gpu
 @pytest.mark.parametrize("family", MODELS)
 def test_recorded_on_a_gpu(family):
-    """Every phase is recorded, none is left out, nothing waits for the GPU, and the predictions are those of eager steps."""
+    """Every phase is recorded, none is left out, nothing waits for the GPU, and the predictions are those of eager
+    steps."""
     from torch._dynamo.utils import counters
 
     def on_gpu(**options):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,7 +15,16 @@ from models import MODELS, arguments, cogvideox, latte
 from simulator import Simulator
 
 import fastercache
-from fastercache import CompileError, FasterCacheWarning, RunError, Schedule, ScheduleError, Step, UnsupportedModelError, policies
+from fastercache import (
+    CompileError,
+    FasterCacheWarning,
+    RunError,
+    Schedule,
+    ScheduleError,
+    Step,
+    UnsupportedModelError,
+    policies,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::fastercache.FasterCacheWarning")
 
@@ -58,7 +68,10 @@ def sample(call, model, schedule, rows, order, seed=0):
         prediction = call(inputs)
         outputs.append(prediction)
         channels = inputs["hidden_states"].shape[1] if prediction.shape[1] != inputs["hidden_states"].shape[1] else None
-        inputs = inputs | {"hidden_states": inputs["hidden_states"] - 0.1 * (prediction if channels is None else prediction[:, :channels])}
+        inputs = inputs | {
+            "hidden_states": inputs["hidden_states"]
+            - 0.1 * (prediction if channels is None else prediction[:, :channels])
+        }
     return torch.stack(outputs)
 
 
@@ -85,7 +98,9 @@ def test_paper_schedule_equals_the_simulator(family, order):
     model, schedule = MODELS[family](), policies.paper(20, order != "none")
     expected = sample(Simulator(MODELS[family](), schedule, order), model, schedule, 4, order)
     fastercache.compile(model, steps=20, cfg=order)
-    torch.testing.assert_close(sample(lambda inputs: model(**inputs)[0], model, schedule, 4, order), expected, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(
+        sample(lambda inputs: model(**inputs)[0], model, schedule, 4, order), expected, rtol=1e-9, atol=1e-10
+    )
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -133,7 +148,8 @@ def test_the_conditional_row_runs_alone_whatever_the_order():
 
 
 def test_only_what_a_later_step_reads_is_cached():
-    """After single-branch steps begin the unconditional features are never read, so the paper's schedule caches one branch of two."""
+    """After single-branch steps begin the unconditional features are never read, so the paper's schedule caches one
+    branch of two."""
     sizes = {}
     for name in ("paper", "dynamic-only"):
         model = cogvideox()
@@ -158,21 +174,24 @@ def test_summary_counts_steps_by_branch_and_site():
     chart = policies.paper(20).chart().split()
     for row in summary.sites:
         line = chart[1] if row.branch == "cond" else chart[3]
-        blended = line.count("~") if row.kind != "mlp" else 0
+        blended = line.count("~") if row.kind not in ("mlp", "cross") else 0
         assert (row.computed, row.blended, row.skipped) == (20 - line.count(".") - blended, blended, line.count("."))
     assert set(summary.implementations) == {"ring_push", "ring_blend", "cfg_split", "cfg_reconstruct"}
     assert "spatial" in str(summary)
 
 
 def test_flops_are_those_of_the_published_arithmetic():
-    """Counted by hand: projections and score products of each attention that is not computed, and half the batch where one branch runs."""
+    """Counted by hand: projections and score products of each attention that is not computed, and half the batch where
+    one branch runs."""
     model = latte()
     fastercache.compile(model, steps=20, cfg="uncond-first")
     for _ in range(20):
         model(**arguments(model, 2))
     frames, tokens, width = 3, 16, 16
     projections = 4 * 2 * frames * tokens * width * width
-    attention = 2 * (2 * projections + 4 * width * (frames * tokens**2 + tokens * frames**2))  # two layers, spatial and temporal
+    attention = 2 * (
+        2 * projections + 4 * width * (frames * tokens**2 + tokens * frames**2)
+    )  # two layers, spatial and temporal
     chart = policies.paper(20).chart().split()
     single, blended = chart[3].count("."), chart[1].count("~")
     flops = fastercache.summary(model).flops
@@ -187,13 +206,14 @@ def test_summary_tells_the_layers_that_are_reused_from_the_others():
         model(**arguments(model, 2))
     assert [(row.kind, row.blended) for row in fastercache.summary(model).sites] == [
         ("spatial", 0),
-        ("mlp", 0),
+        ("cross", 0),
+        ("mlp[0:1,3:4]", 0),
         ("temporal", 0),
         ("mlp[1:3]", 1),
     ]
 
 
-# ---- one run at a time, and nothing left of the last --------------------------------------------------------------------------------
+# ---- one run at a time, and nothing left of the last -----------------------------------------------------------------
 
 
 def run_once(model, steps=8, rows=4, seed=0):
@@ -209,7 +229,9 @@ def test_an_exception_leaves_nothing_behind(family):
         fresh = run_once(model)
     with pytest.raises(RuntimeError, match="boom"), fastercache.run(model, steps=8, cfg="uncond-first"):
         run_once(model, 5, seed=1)
-        handle = model.transformer_blocks[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("boom")))
+        handle = model.transformer_blocks[1].register_forward_pre_hook(
+            lambda *_: (_ for _ in ()).throw(RuntimeError("boom"))
+        )
         try:
             run_once(model, 1)
         finally:
@@ -287,11 +309,14 @@ def test_two_models_run_side_by_side():
         fastercache.compile(model, steps=8, cfg="uncond-first")
         alone.append(run_once(model))
     inputs = arguments(models[0], 4)
-    together = [torch.stack(outputs) for outputs in zip(*[[model(**inputs)[0] for model in models] for _ in range(8)], strict=True)]
+    together = [
+        torch.stack(outputs)
+        for outputs in zip(*[[model(**inputs)[0] for model in models] for _ in range(8)], strict=True)
+    ]
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
-# ---- compile and restore ----------------------------------------------------------------------------------------------------------
+# ---- compile and restore ---------------------------------------------------------------------------------------------
 
 
 def test_restore_gives_the_untouched_model_back():
@@ -334,7 +359,11 @@ def test_what_compile_refuses_is_left_as_it_was():
     model = latte()
     before = set(vars(model))
     for wrong, error, message in [
-        (lambda: fastercache.compile(torch.nn.Linear(2, 2)), UnsupportedModelError, "Linear is of no known model family.*Latte"),
+        (
+            lambda: fastercache.compile(torch.nn.Linear(2, 2)),
+            UnsupportedModelError,
+            "Linear is of no known model family.*Latte",
+        ),
         (lambda: fastercache.compile(3), UnsupportedModelError, "cannot compile a int"),
         (lambda: fastercache.compile(model, steps=8), CompileError, "give both"),
         (lambda: fastercache.compile(model, steps=0, cfg="none"), RunError, "steps is 0"),
@@ -364,10 +393,15 @@ def test_what_compile_refuses_is_left_as_it_was():
 def test_a_schedule_that_does_not_fit_the_run_is_refused_at_its_first_step():
     model = latte()
     fastercache.compile(model, Schedule((Step(), Step("cond", ("joint",), (1.0,)))))
-    no_site = pytest.raises(ScheduleError, match="reuses 'joint', but Latte has no such site; it has spatial, mlp, temporal")
+    no_site = pytest.raises(
+        ScheduleError, match=r"reuses 'joint', but Latte has no such site; it has stack, block .*, spatial"
+    )
     with no_site, fastercache.run(model, steps=2, cfg="uncond-first"):
         run_once(model, 1)
-    with pytest.raises(ScheduleError, match="has 2 steps, but this run has 3"), fastercache.run(model, steps=3, cfg="uncond-first"):
+    with (
+        pytest.raises(ScheduleError, match="has 2 steps, but this run has 3"),
+        fastercache.run(model, steps=3, cfg="uncond-first"),
+    ):
         run_once(model, 1)
 
 
@@ -415,10 +449,68 @@ class TestNeverSilent:
         model = latte()
         fastercache.compile(model)
         model.forward = lambda **_: (torch.zeros(1),)
-        with pytest.warns(FasterCacheWarning, match="something replaced its forward"), fastercache.run(model, steps=2, cfg="none"):
+        with (
+            pytest.warns(FasterCacheWarning, match="something replaced its forward"),
+            fastercache.run(model, steps=2, cfg="none"),
+        ):
             model(**arguments(model, 2))
 
     def test_an_ordinary_run_does_not_warn(self):
         model = latte()
         fastercache.compile(model, steps=8, cfg="uncond-first")
         run_once(model)
+
+
+# ---- what is refused, and what is said at the end --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", [None, "eager"])
+@pytest.mark.parametrize("scope", [True, False])
+def test_a_prediction_that_is_not_finite_is_said_at_the_end(backend, scope):
+    """Coefficients are bounded, so only a model or its weights give such predictions."""
+    model = latte(torch.float32)
+    model.proj_out.weight[0, 0] = float("nan")
+    fastercache.compile(model, steps=None if scope else 6, cfg=None if scope else "uncond-first", backend=backend)
+    inputs = arguments(model, 4)
+    with (
+        pytest.warns(
+            FasterCacheWarning, match="the prediction of the last step of LatteTransformer3DModel is not finite"
+        ),
+        fastercache.run(model, steps=6, cfg="uncond-first") if scope else nullcontext(),
+    ):
+        for _ in range(6):
+            model(**inputs)
+    assert "is not finite" in str(fastercache.summary(model))
+
+
+def test_a_run_that_is_finite_says_nothing_of_it(recwarn):
+    model = latte(torch.float32)
+    fastercache.compile(model, steps=6, cfg="uncond-first")
+    for _ in range(6):
+        model(**arguments(model, 4))
+    assert not any("finite" in str(warning.message) for warning in recwarn) and "finite" not in str(
+        fastercache.summary(model)
+    )
+
+
+@pytest.mark.parametrize("steps", [True, 0, -3, 2.5, "8"])
+def test_a_step_count_that_is_no_whole_number_is_refused(steps):
+    with pytest.raises(RunError, match=r"steps is .*whole number of at least 1"):
+        fastercache.compile(latte(), steps=steps, cfg="none")
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("order", ["uncond-first", "none"])
+@pytest.mark.parametrize("backend", [None, "eager"])
+def test_sites_and_branches_may_have_coefficients_of_their_own(family, order, backend):
+    """One graph serves them all: only numbers differ from site to site, and from branch to branch."""
+    own = (("attention[1:]", (0.75,)), ("mlp[:1]", (1.25, -0.5)), ("mlp[1:]@uncond", (0.5, 0.25)))
+    blend = Step("both", ("attention", "mlp"), (1.5, -0.5), own_taps=own)
+    schedule = Schedule((Step(), Step(), blend, Step(), blend if order == "none" else Step("cond")))
+    model = MODELS[family]()
+    expected = sample(Simulator(MODELS[family](), schedule, order), model, schedule, 4, order)
+    fastercache.compile(model, schedule, steps=len(schedule), cfg=order, backend=backend)
+    actual = sample(lambda inputs: model(**inputs)[0], model, schedule, 4, order)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
+    if backend is not None:
+        assert fastercache.summary(model).compiled.startswith("2 graphs" if order == "none" else "3 graphs")

@@ -1,4 +1,5 @@
-"""Every script of `examples/`, run from its command line on a small random denoiser; the text encoder and the decoder stand in."""
+"""Every script of `examples/`, run from its command line on a small random denoiser; the text encoder and the decoder
+stand in."""
 
 from __future__ import annotations
 
@@ -11,7 +12,14 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, DDIMScheduler, DiffusionPipeline, LattePipeline, PNDMScheduler
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    DDIMScheduler,
+    DiffusionPipeline,
+    LattePipeline,
+    PNDMScheduler,
+)
 from models import OTHERS, TWO_CALLS, Values, call, cogvideox, latte
 from test_video_pipelines import PIPELINES, embeddings
 
@@ -40,14 +48,17 @@ def picture(latents):
 
 
 def stand_in(pipe, arguments):
-    """The pipeline with given embeddings in place of the prompt, and a picture of the latents in place of the decoder."""
+    """The pipeline with given embeddings in place of the prompt, and a picture of the latents in place of the
+    decoder."""
     texts = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
 
     def __call__(self, prompt, output_type, **sizes):
         assert prompt == "a panda" and output_type == "np"
         generator = torch.Generator().manual_seed(0)
         negative = {"negative_prompt": None} if "Allegro" in original.__name__ or "Latte" in original.__name__ else {}
-        latents = original.__call__(self, **texts, **negative, **sizes, output_type="latent", generator=generator).frames
+        latents = original.__call__(
+            self, **texts, **negative, **sizes, output_type="latent", generator=generator
+        ).frames
         return SimpleNamespace(frames=picture(latents))
 
     original = type(pipe)
@@ -91,7 +102,9 @@ def test_pipelines_of_diffusers(name, example, monkeypatch, tmp_path, capsys):
     module = example(name)
     monkeypatch.setattr(module, "load", lambda path: stand_in(*build()))
     out = tmp_path / "video.mp4"
-    module.main(["a panda", "--height", height, "--width", width, "--frames", frames, "--steps", str(STEPS), "--out", str(out)])
+    module.main(
+        ["a panda", "--height", height, "--width", width, "--frames", frames, "--steps", str(STEPS), "--out", str(out)]
+    )
     check(out, capsys, family)
 
 
@@ -170,4 +183,10 @@ def test_vchitect(example, monkeypatch, tmp_path, capsys):
 
 
 def test_every_example_is_run_here():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*SIZES, "open_sora", "open_sora_plan", "vchitect", "common"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {
+        *SIZES,
+        "open_sora",
+        "open_sora_plan",
+        "vchitect",
+        "common",
+    }

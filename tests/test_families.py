@@ -1,4 +1,5 @@
-"""Every family against the simulator: small models with upstream's structure, whole schedules, several prompts, two precisions."""
+"""Every family against the simulator: small models with upstream's structure, whole schedules, several prompts, two
+precisions."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ from simulator import Simulator
 
 import fastercache
 from fastercache import RunError, UnsupportedModelError, policies
-from fastercache.families import family_of
-from fastercache.presets import OPEN_SORA_MLP
+from fastercache.models.registry import family_of
+from fastercache.schedule.presets import OPEN_SORA_MLP
 
 pytestmark = pytest.mark.filterwarnings("ignore::fastercache.FasterCacheWarning")
 STEPS = 9
@@ -25,7 +26,7 @@ def no_grad():
 
 
 def order_of(name):
-    return family_of(OTHERS[name](torch.float32)).order
+    return family_of(OTHERS[name](torch.float32)).layout
 
 
 def rows_of(name, prompts):
@@ -66,7 +67,8 @@ def test_cached_runs_equal_the_simulator(name, prompts, dtype):
 
 def in_double(inputs):
     return {
-        key: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value for key, value in inputs.items()
+        key: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for key, value in inputs.items()
     }
 
 
@@ -107,7 +109,8 @@ def test_nothing_of_one_branch_reaches_the_other(name, planted):
     with_it, without = (slice(0, 2), slice(2, 4)) if first else (slice(2, 4), slice(0, 2))
     clean, marked = call(model, 4), call(model, 4)
     marked[latents_of(marked)][with_it] = 1e4
-    # On a single-branch step the unconditional prediction is made from the conditional one, so it follows a marker there by design.
+    # On a single-branch step the unconditional prediction is made from the conditional one, so it follows a marker
+    # there by design.
     for policy in (policies.dynamic_only, policies.paper)[: 1 + (planted == "uncond")]:
         fastercache.compile(model, policy, steps=STEPS, cfg=order)
         runs = []
@@ -130,7 +133,7 @@ def test_operations_are_counted_without_the_values_of_any_input(name):
 @pytest.mark.parametrize("name", OTHERS | TWO_CALLS)
 def test_a_missing_or_renamed_part_is_named(name):
     model = (OTHERS | TWO_CALLS)[name](torch.float32)
-    site = family_of(model).sites(model)[-1]
+    site = family_of(model).parts(model)[-1]
     block, _, part = site.path.rpartition(".")
     model.get_submodule(block).renamed = site.module
     delattr(model.get_submodule(block), part)
@@ -145,7 +148,10 @@ def test_packed_tokens_without_their_extents_are_refused_where_planes_are_needed
     model = OTHERS["ltx"](torch.float32)
     inputs = call(model, 2) | {"height": 5}
     fastercache.compile(model)
-    with pytest.raises(RunError, match=r"60 packed tokens.* 2, 5, 5"), fastercache.run(model, steps=STEPS, cfg="uncond-first"):
+    with (
+        pytest.raises(RunError, match=r"60 packed tokens.* 2, 5, 5"),
+        fastercache.run(model, steps=STEPS, cfg="uncond-first"),
+    ):
         model(**inputs)
 
 

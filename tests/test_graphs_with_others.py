@@ -1,4 +1,5 @@
-"""Models that other libraries have changed, before fastercache compiled them and since: adapters, quantized weights, offloading."""
+"""Models that other libraries have changed, before fastercache compiled them and since: adapters, quantized weights,
+offloading."""
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ class TestLoRA:
 
         torch.manual_seed(5)
         targets = ["to_q", "to_out.0", "net.0.proj"]
-        model.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=targets, init_lora_weights=False), adapter_name=name)
+        model.add_adapter(
+            LoraConfig(r=2, lora_alpha=2, target_modules=targets, init_lora_weights=False), adapter_name=name
+        )
         return model.to(torch.float64).requires_grad_(False)
 
     @staticmethod
@@ -102,7 +105,9 @@ class TestLoRA:
         model = cached(self.add(cogvideox()), backend="eager", regional=True)
         scales = [1.0] * 8 + [0.5] * 4
         with torch._dynamo.config.patch(error_on_recompile=False, recompile_limit=2):
-            torch.testing.assert_close(run(model, scales), run(cached(self.add(cogvideox())), scales), rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(
+                run(model, scales), run(cached(self.add(cogvideox())), scales), rtol=1e-10, atol=1e-12
+            )
             assert "graphs were compiled again during the run" in str(fastercache.summary(model))
             with pytest.raises(CompileError, match="was compiled 2 times, as often as torch allows"):
                 run(model, [1 - step / STEPS for step in range(STEPS)])
@@ -158,7 +163,9 @@ def test_inductor_runs_int8_weights():
     eager, compiled = cogvideox(torch.float32), cogvideox(torch.float32)
     for model in (eager, compiled):
         quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
-    torch.testing.assert_close(sample(cached(compiled, backend="inductor", regional=True)), sample(cached(eager)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        sample(cached(compiled, backend="inductor", regional=True)), sample(cached(eager)), rtol=1e-4, atol=1e-4
+    )
 
 
 def group_offload(model, level):
@@ -174,7 +181,10 @@ OFFLOADING = {
 }
 COMPILED = {"eager": {}, "whole": {"backend": "eager"}, "regional": {"backend": "eager", "regional": True}}
 REFUSED = {
-    ("sequential", "whole"): "AlignDevicesHook moves .* inside CogVideoXTransformer3DModel.*regional=True.*or compile with backend=None",
+    (
+        "sequential",
+        "whole",
+    ): "AlignDevicesHook moves .* inside CogVideoXTransformer3DModel.*regional=True.*or compile with backend=None",
     ("sequential", "regional"): "AlignDevicesHook moves .* inside CogVideoXBlock.*enable_model_cpu_offload",
     ("leaf", "whole"): "group offloading moves .* inside CogVideoXTransformer3DModel",
     ("leaf", "regional"): "group offloading moves .* inside CogVideoXBlock",
@@ -275,7 +285,9 @@ def test_a_replaced_site_is_refused(options):
     sample(model)
     other = cogvideox(seed=1).transformer_blocks[1]
     model.transformer_blocks[1] = other
-    with pytest.raises(CompileError, match=r"transformer_blocks\.1\.attn1 of .* was replaced after fastercache\.compile"):
+    with pytest.raises(
+        CompileError, match=r"transformer_blocks\.1(\.attn1)? of .* was replaced after fastercache\.compile"
+    ):
         sample(model)
     fastercache.restore(model)
     sample(cached(model, **options))
@@ -298,7 +310,10 @@ class TestChanges:
         model = cogvideox()
         schedule = Schedule((Step(), Step(), *(Step("both", ("joint",), (1.5, -0.5)) for _ in range(4))))
         fastercache.compile(model, schedule, backend="eager")
-        with pytest.raises(ScheduleError, match="has 6 steps, but this run has 7"), fastercache.run(model, steps=7, cfg="uncond-first"):
+        with (
+            pytest.raises(ScheduleError, match="has 6 steps, but this run has 7"),
+            fastercache.run(model, steps=7, cfg="uncond-first"),
+        ):
             sample(model, 7)
         with fastercache.run(model, steps=6, cfg="uncond-first"):
             sample(model, 6)

@@ -6,7 +6,8 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 
-from fastercache import media, metrics, policies
+from fastercache import policies
+from fastercache.report import media, metrics
 
 
 def clips(n: int = 2, frames: int = 3, height: int = 12, width: int = 16) -> np.ndarray:
@@ -54,3 +55,19 @@ def test_save_and_read_back(tmp_path):
     assert iio.imread(tmp_path / "video.mp4", plugin="pyav").shape == (24, 34, 48, 3)
     assert iio.imread(tmp_path / "video.gif").shape == frames.shape
     assert np.array_equal(iio.imread(tmp_path / "video.png"), frames[4])
+
+
+@pytest.mark.parametrize("name", ["clip.webp", "clip"])
+def test_a_name_without_a_format_is_refused(tmp_path, name):
+    with pytest.raises(media.OutputError, match="end the name in"):
+        media.save(tmp_path / name, media.to_bytes(clips(1)[0]))
+
+
+def test_a_place_is_looked_at_and_left_as_it_was(tmp_path):
+    there, new = tmp_path / "there.mp4", tmp_path / "folder" / "new.mp4"
+    there.write_bytes(b"before")
+    for path in (there, new):
+        media.check_writable(path)
+    assert there.read_bytes() == b"before" and new.parent.is_dir() and not new.exists()
+    with pytest.raises(media.OutputError, match=r"there\.mp4/clip\.mp4"):
+        media.check_writable(there / "clip.mp4")

@@ -6,7 +6,13 @@ import threading
 
 import pytest
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXVideoToVideoPipeline, PNDMScheduler
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    CogVideoXVideoToVideoPipeline,
+    PNDMScheduler,
+)
 from models import cogvideox
 
 import fastercache
@@ -37,7 +43,9 @@ def sample(pipe, prompt=PROMPT, seed=0, **changes):
 
 def steps_of(pipe, branch, kind="spatial"):
     return next(
-        (row.computed, row.blended, row.skipped) for row in fastercache.summary(pipe).sites if (row.branch, row.kind) == (branch, kind)
+        (row.computed, row.blended, row.skipped)
+        for row in fastercache.summary(pipe).sites
+        if (row.branch, row.kind) == (branch, kind)
     )
 
 
@@ -61,7 +69,8 @@ def test_compile_restore_and_disabled(pipe):
 
 
 def test_a_pipeline_is_warmed_up_without_a_run(pipe):
-    """All phases are compiled on the first call's inputs, and no clip is made; the next clip is that of the eager pipeline."""
+    """All phases are compiled on the first call's inputs, and no clip is made; the next clip is that of the eager
+    pipeline."""
     cached = sample(fastercache.compile(pipe))
     fastercache.restore(pipe)
     torch._dynamo.reset()
@@ -229,11 +238,20 @@ class TestCogVideoX:
     def pipe(self):
         torch.manual_seed(0)
         vae = AutoencoderKLCogVideoX(
-            down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4, block_out_channels=(8, 8, 8, 8),
-            latent_channels=2, layers_per_block=1, norm_num_groups=2, temporal_compression_ratio=4,
-        )  # fmt: skip
+            down_block_types=("CogVideoXDownBlock3D",) * 4,
+            up_block_types=("CogVideoXUpBlock3D",) * 4,
+            block_out_channels=(8, 8, 8, 8),
+            latent_channels=2,
+            layers_per_block=1,
+            norm_num_groups=2,
+            temporal_compression_ratio=4,
+        )
         pipe = CogVideoXPipeline(
-            tokenizer=None, text_encoder=None, vae=vae, transformer=cogvideox(torch.float32), scheduler=CogVideoXDDIMScheduler()
+            tokenizer=None,
+            text_encoder=None,
+            vae=vae,
+            transformer=cogvideox(torch.float32),
+            scheduler=CogVideoXDDIMScheduler(),
         )
         pipe.set_progress_bar_config(disable=True)
         return pipe
@@ -242,9 +260,19 @@ class TestCogVideoX:
     def sample(pipe, prompts=1, **changes):
         generator = torch.Generator().manual_seed(0)
         embeds = torch.randn((2 * prompts, 5, 12), generator=generator)
-        arguments = {"num_inference_steps": 8, "guidance_scale": 6.0, "height": 80, "width": 48, "num_frames": 9, "output_type": "latent"}
+        arguments = {
+            "num_inference_steps": 8,
+            "guidance_scale": 6.0,
+            "height": 80,
+            "width": 48,
+            "num_frames": 9,
+            "output_type": "latent",
+        }
         return pipe(
-            prompt_embeds=embeds[:prompts], negative_prompt_embeds=embeds[prompts:], generator=generator, **arguments | changes
+            prompt_embeds=embeds[:prompts],
+            negative_prompt_embeds=embeds[prompts:],
+            generator=generator,
+            **arguments | changes,
         ).frames
 
     @pytest.mark.parametrize("prompts", [1, 3])
@@ -266,9 +294,16 @@ class TestCogVideoX:
         video = torch.rand((1, 9, 3, 80, 48), generator=torch.Generator().manual_seed(1))
         embeds = torch.randn((2, 5, 12), generator=torch.Generator().manual_seed(0))
         pipe(
-            video=video, strength=0.5, num_inference_steps=16, height=80, width=48, prompt_embeds=embeds[:1],
-            negative_prompt_embeds=embeds[1:], output_type="latent", generator=torch.Generator().manual_seed(0),
-        )  # fmt: skip
+            video=video,
+            strength=0.5,
+            num_inference_steps=16,
+            height=80,
+            width=48,
+            prompt_embeds=embeds[:1],
+            negative_prompt_embeds=embeds[1:],
+            output_type="latent",
+            generator=torch.Generator().manual_seed(0),
+        )
         summary = fastercache.summary(pipe)
         assert (summary.steps, summary.steps_done) == (8, 8) and summary.skipped_anything
 

@@ -1,4 +1,5 @@
-"""diffusers' video pipelines with small random denoisers: untouched where nothing is skipped, cached where something is."""
+"""diffusers' video pipelines with small random denoisers: untouched where nothing is skipped, cached where something
+is."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from diffusers import (
 from models import OTHERS, TWO_CALLS, mask
 
 import fastercache
-from fastercache.memory import Cache
+from fastercache.cache.cache import Cache
 
 pytestmark = pytest.mark.filterwarnings("ignore::fastercache.FasterCacheWarning")
 STEPS = 8
@@ -31,8 +32,9 @@ def embeddings(names, prompts, width, tokens=5):
 
 def texts(prompts, width):
     return embeddings(("prompt_embeds", "negative_prompt_embeds"), prompts, width) | {
-        "prompt_attention_mask": mask(prompts, 5), "negative_prompt_attention_mask": mask(prompts, 5),
-    }  # fmt: skip
+        "prompt_attention_mask": mask(prompts, 5),
+        "negative_prompt_attention_mask": mask(prompts, 5),
+    }
 
 
 def mochi(prompts):
@@ -41,35 +43,49 @@ def mochi(prompts):
 
 
 def ltx(prompts):
-    pipe = LTXPipeline(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), None, None, None, OTHERS["ltx"](torch.float32))
+    pipe = LTXPipeline(
+        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), None, None, None, OTHERS["ltx"](torch.float32)
+    )
     return pipe, texts(prompts, 12) | {"height": 192, "width": 160, "num_frames": 9, "guidance_scale": 3.0}
 
 
 def allegro(prompts):
     pipe = AllegroPipeline(None, None, None, OTHERS["allegro"](torch.float32), DDIMScheduler())
-    return pipe, texts(prompts, 12) | {"height": 64, "width": 48, "num_frames": 12, "guidance_scale": 7.5, "negative_prompt": None}
+    return pipe, texts(prompts, 12) | {
+        "height": 64,
+        "width": 48,
+        "num_frames": 12,
+        "guidance_scale": 7.5,
+        "negative_prompt": None,
+    }
 
 
 def hunyuan(prompts):
     pipe = HunyuanVideoPipeline(
         None, None, OTHERS["hunyuan"](torch.float32), None, FlowMatchEulerDiscreteScheduler(), None, None
-    )  # fmt: skip
+    )
     pooled = torch.randn((prompts, 6), generator=torch.Generator().manual_seed(1))
-    text = embeddings(("prompt_embeds",), prompts, 12) | {"prompt_attention_mask": mask(prompts, 5), "pooled_prompt_embeds": pooled}
+    text = embeddings(("prompt_embeds",), prompts, 12) | {
+        "prompt_attention_mask": mask(prompts, 5),
+        "pooled_prompt_embeds": pooled,
+    }
     return pipe, text | {"height": 64, "width": 48, "num_frames": 9}
 
 
 def hunyuan_true_guidance(prompts):
     pipe, arguments = hunyuan(prompts)
     negative = {
-        "negative_prompt_embeds": arguments["prompt_embeds"].flip(2), "negative_prompt_attention_mask": mask(prompts, 5),
+        "negative_prompt_embeds": arguments["prompt_embeds"].flip(2),
+        "negative_prompt_attention_mask": mask(prompts, 5),
         "negative_pooled_prompt_embeds": arguments["pooled_prompt_embeds"].neg(),
-    }  # fmt: skip
+    }
     return pipe, arguments | negative | {"true_cfg_scale": 4.0}
 
 
 def wan(prompts, **components):
-    pipe = WanPipeline(None, None, None, FlowMatchEulerDiscreteScheduler(), TWO_CALLS["wan"](torch.float32), **components)
+    pipe = WanPipeline(
+        None, None, None, FlowMatchEulerDiscreteScheduler(), TWO_CALLS["wan"](torch.float32), **components
+    )
     text = embeddings(("prompt_embeds", "negative_prompt_embeds"), prompts, 12)
     return pipe, text | {"height": 64, "width": 48, "num_frames": 9, "guidance_scale": 5.0}
 
@@ -78,12 +94,18 @@ def wan_experts(prompts):
     return wan(prompts, transformer_2=TWO_CALLS["wan"](torch.float32, seed=1), boundary_ratio=0.6)
 
 
-PIPELINES = {function.__name__: function for function in (mochi, ltx, allegro, hunyuan, hunyuan_true_guidance, wan, wan_experts)}
+PIPELINES = {
+    function.__name__: function for function in (mochi, ltx, allegro, hunyuan, hunyuan_true_guidance, wan, wan_experts)
+}
 
 
 def sample(pipe, arguments, **changes):
     pipe.set_progress_bar_config(disable=True)
-    arguments = {"num_inference_steps": STEPS, "output_type": "latent", "generator": torch.Generator().manual_seed(0)} | arguments | changes
+    arguments = (
+        {"num_inference_steps": STEPS, "output_type": "latent", "generator": torch.Generator().manual_seed(0)}
+        | arguments
+        | changes
+    )
     return pipe(**arguments).frames
 
 
@@ -144,7 +166,7 @@ class TestExperts:
             caches.append(weakref.ref(cache))
             return cache
 
-        monkeypatch.setattr("fastercache.engine.Cache", remembered)
+        monkeypatch.setattr("fastercache.cache.budget.Cache", remembered)
         pipe, arguments = wan_experts(1)
         fastercache.compile(pipe)
 

@@ -1,4 +1,5 @@
-"""What the kernels share: Triton itself (or a stand-in that lets the modules import), the row's fields and strided indexing."""
+"""What the kernels share: Triton itself (or a stand-in that lets the modules import), the coefficients' places and
+strided indexing."""
 
 from __future__ import annotations
 
@@ -8,8 +9,8 @@ from types import SimpleNamespace
 
 import torch
 
-from .row import MAX_TAPS as _MAX_TAPS
-from .row import Row
+from .coefficients import MAX_TAPS as _MAX_TAPS
+from .coefficients import Coefficient
 
 MISSING: str | None = None  # why Triton cannot be used; None when it can
 try:
@@ -21,20 +22,31 @@ except Exception as error:  # a broken install raises more than ImportError
     tl = SimpleNamespace(constexpr=lambda value: value)
 
 # A kernel may only use global numbers that are marked constexpr.
-COEFFICIENT = tl.constexpr(int(Row.COEFFICIENT))
-READ_SLOT = tl.constexpr(int(Row.READ_SLOT))
-WRITE_SLOT = tl.constexpr(int(Row.WRITE_SLOT))
-LOW = tl.constexpr(int(Row.LOW))
-HIGH = tl.constexpr(int(Row.HIGH))
-TAPS = tl.constexpr(int(Row.TAPS))
+OF_TAP = tl.constexpr(int(Coefficient.OF_TAP))
+READ_SLOT = tl.constexpr(int(Coefficient.READ_SLOT))
+WRITE_SLOT = tl.constexpr(int(Coefficient.WRITE_SLOT))
+LOW = tl.constexpr(int(Coefficient.LOW))
+HIGH = tl.constexpr(int(Coefficient.HIGH))
+TAPS = tl.constexpr(int(Coefficient.TAPS))
+NOW = tl.constexpr(int(Coefficient.NOW))
+NEWEST = tl.constexpr(int(Coefficient.NEWEST))
+PREVIOUS = tl.constexpr(int(Coefficient.PREVIOUS))
+FRESH = tl.constexpr(int(Coefficient.FRESH))
 MAX_TAPS = tl.constexpr(_MAX_TAPS)
+
+FUSED = {"enable_fp_fusion": True}
+"""Of a launch: products and sums may become fused multiply-adds. Always given, because Triton's default has changed and
+will again."""
+UNFUSED = {"enable_fp_fusion": False}
+"""As the C++ and CUDA code is compiled, where a value fused otherwise would fall on another code."""
 
 BLOCK_SIZE = 1024  # elements a program handles: 8 for each of 128 threads, one 128-bit load of a 16-bit type
 
 
 @triton.jit
 def program_elements(BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """Row-major indices of this program's elements, in 64 bits where 32 are too few (64-bit division is several times slower)."""
+    """Row-major indices of this program's elements, in 64 bits where 32 are too few (64-bit division is several times
+    slower)."""
     program = tl.program_id(0)
     if WIDE:
         program = program.to(tl.int64)
@@ -43,7 +55,8 @@ def program_elements(BLOCK: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def strided_offset(index, sizes, strides):
-    """Offset in memory of the element with row-major `index`. One dimension costs a multiplication, each further one a division."""
+    """Offset in memory of the element with row-major `index`. One dimension costs a multiplication, each further one a
+    division."""
     offset = index * 0
     for d in tl.static_range(len(sizes) - 1, 0, -1):
         offset += (index % sizes[d]) * strides[d]
@@ -61,7 +74,8 @@ def widen(value):
 
 
 def collapse(shape: Sequence[int], *strides: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """Merges neighbouring dimensions that every tensor steps through evenly, so that kernels divide as seldom as possible.
+    """Merges neighbouring dimensions that every tensor steps through evenly, so that kernels divide as seldom as
+    possible.
 
     Args:
         shape: the sizes all tensors share.

@@ -1,11 +1,14 @@
 """CFG-Cache on a full step: split the difference of the two branches into low and high frequencies.
 
-FasterCache keeps, for each H x W plane, the difference of the unconditional and the conditional output below and above a cutoff (Eq. 6-8):
+FasterCache keeps, for each H x W plane, the difference of the unconditional and the conditional output below and above
+a cutoff (Eq. 6-8):
 
     d = uncond - cond,      low = P d,      high = d - low
 
-where `P` keeps the Fourier modes with `ky^2 + kx^2 <= radius^2`. The disc is symmetric in ky and in kx, so `P` maps real planes to real
-planes and no complex number is needed: take the orthonormal *real* Fourier basis `B_n` of n points up to frequency r, n x (2r + 1), with
+where `P` keeps the Fourier modes with `ky^2 + kx^2 <= radius^2`. The disc is symmetric in ky and in kx, so `P` maps
+real planes to real
+planes and no complex number is needed: take the orthonormal *real* Fourier basis `B_n` of n points up to frequency r, n
+x (2r + 1), with
 
     1 / sqrt(n),   sqrt(2 / n) cos(2 pi k j / n),   sqrt(2 / n) sin(2 pi k j / n)        k = 1 .. r
 
@@ -13,17 +16,21 @@ as columns (column c has frequency (c + 1) // 2). Then, exactly,
 
     low = B_H (M * (B_H^T d B_W)) B_W^T          M = 1 where ky^2 + kx^2 <= r^2, else 0
 
-as long as r < min(H, W) / 2. These are four small matrix products, and only (2r + 1)^2 of the H W modes are ever computed.
+as long as r < min(H, W) / 2. These are four small matrix products, and only (2r + 1)^2 of the H W modes are ever
+computed.
 
-The kernel gives one program a whole plane, and walks it twice in tiles: first to gather the spectrum, which is small and stays in
-registers, then to subtract what it stands for. The second reading of a tile finds it in the cache. `tl.dot` takes its operands through
-shared memory and registers, so the tiles bound both: 20 KiB, and at most 128 registers a thread, at 60 x 90 and radius 12. Two programs
-then fit a multiprocessor, and an H100 works on all 208 planes of CogVideoX's latent at once. `tl.dot` wants sizes that are powers of two
-and at least 16: tiles at the border, and bases, are padded with zeros, which add nothing. `input_precision="ieee"` keeps the products in
+The kernel gives one program a whole plane, and walks it twice in tiles: first to gather the spectrum, which is small
+and stays in registers, then to subtract what it stands for. The second reading of a tile finds it in the cache.
+`tl.dot` takes its operands through
+shared memory and registers, so the tiles bound both: 20 KiB, and at most 128 registers a thread, at 60 x 90 and radius
+12. Two programs then fit a multiprocessor, and an H100 works on all 208 planes of CogVideoX's latent at once. `tl.dot`
+wants sizes that are powers of two
+and at least 16: tiles at the border, and bases, are padded with zeros, which add nothing. `input_precision="ieee"`
+keeps the products in
 float32: the default, TF32, has 10 bits of mantissa.
 
-Larger planes, higher cutoffs and float64 go to torch.fft, which is cuFFT on CUDA: a program runs on one multiprocessor, which is little for
-a plane that large.
+Larger planes, higher cutoffs and float64 go to torch.fft, which is cuFFT on CUDA: a program runs on one multiprocessor,
+which is little for a plane that large.
 """
 
 from __future__ import annotations
@@ -33,11 +40,13 @@ from functools import lru_cache
 
 import torch
 
-from ._triton import MISSING, collapse, compute_dtype, on_device_of, strided_offset, tl, triton
+from ._triton import FUSED, MISSING, collapse, compute_dtype, on_device_of, strided_offset, tl, triton
 
 MAX_SIDE, MAX_RADIUS = 128, 31
 STRIP = 32  # columns of a tile
-BASIS_TILE = 2048  # elements of a basis in use at once, rows x modes; with 64 columns or twice as many rows, registers spill
+BASIS_TILE = (
+    2048  # elements of a basis in use at once, rows x modes; with 64 columns or twice as many rows, registers spill
+)
 
 
 @lru_cache(maxsize=64)  # a model has one latent size at a time: two bases for each
@@ -56,17 +65,33 @@ def fourier_basis(n: int, radius: int, dtype: torch.dtype, device: torch.device)
         return basis.to(device=device, dtype=dtype)
 
 
+@lru_cache(maxsize=64)
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64; `mps`, and `xpu` of some kinds, do not."""
+    if device.type in ("cpu", "cuda"):
+        return True
+    try:
+        return bool((torch.ones((), dtype=torch.float64, device=device) + 1).item() == 2)
+    except Exception:
+        return False
+
+
 def disc(radius: int, device: torch.device) -> torch.Tensor:
-    """Which products of two basis columns lie inside the disc: bool `[2 * radius + 1, 2 * radius + 1]`, compared in exact integers."""
+    """Which products of two basis columns lie inside the disc: bool `[2 * radius + 1, 2 * radius + 1]`, compared in
+    exact integers."""
     frequency = (torch.arange(2 * radius + 1, device=device) + 1) // 2
     return frequency[:, None] ** 2 + frequency**2 <= radius**2
 
 
-def reference_cfg_split(low: torch.Tensor, high: torch.Tensor, uncond: torch.Tensor, cond: torch.Tensor, radius: int) -> None:
-    """The op in plain PyTorch, projecting in float64: `allow_tf32`, which a user may set, would spoil float32 products."""
+def reference_cfg_split(
+    low: torch.Tensor, high: torch.Tensor, uncond: torch.Tensor, cond: torch.Tensor, radius: int
+) -> None:
+    """The op in plain PyTorch, projecting in float64 where the device has it: `allow_tf32`, which a user may set, would
+    spoil float32."""
     difference = uncond.to(low.dtype) - cond.to(low.dtype)
-    rows, columns = (fourier_basis(n, radius, torch.float64, low.device) for n in low.shape[-2:])
-    spectrum = rows.T @ difference.double() @ columns
+    dtype = torch.float64 if has_float64(low.device) else torch.float32
+    rows, columns = (fourier_basis(n, radius, dtype, low.device) for n in low.shape[-2:])
+    spectrum = rows.T @ difference.to(dtype) @ columns
     low.copy_(rows @ (spectrum * disc(radius, low.device)) @ columns.T)
     torch.sub(difference, low, out=high)
 
@@ -167,11 +192,14 @@ def prepare(height: int, width: int, radius: int, dtype: torch.dtype, device: to
     if triton_serves and not fits_kernel(height, width, radius, dtype):
         return  # Fourier transforms need none
     for n in (height, width):
-        fourier_basis(n, radius, torch.float32 if triton_serves else torch.float64, device)
+        fourier_basis(n, radius, torch.float32 if triton_serves or not has_float64(device) else torch.float64, device)
 
 
-def triton_cfg_split(low: torch.Tensor, high: torch.Tensor, uncond: torch.Tensor, cond: torch.Tensor, radius: int) -> None:
-    """Launches the kernel; arguments as in `fastercache.ops.cfg_split`, taken as valid. What it is not made for goes to torch.fft."""
+def triton_cfg_split(
+    low: torch.Tensor, high: torch.Tensor, uncond: torch.Tensor, cond: torch.Tensor, radius: int
+) -> None:
+    """Launches the kernel; arguments as in `fastercache.ops.cfg_split`, taken as valid. What it is not made for goes to
+    torch.fft."""
     if uncond.numel() == 0:
         return
     height, width = uncond.shape[-2:]
@@ -199,7 +227,9 @@ def triton_cfg_split(low: torch.Tensor, high: torch.Tensor, uncond: torch.Tensor
             MODES=modes,
             STRIP=STRIP,
             num_warps=8,
-            num_stages=1,  # loading ahead would take up to three times the registers; other programs fill the time instead
+            **FUSED,
+            # loading ahead would take up to three times the registers; other programs fill the time instead
+            num_stages=1,
         )
 
 

@@ -1,7 +1,8 @@
-"""Denoisers that are not in diffusers, in plain PyTorch: upstream's modules, parameter names and `forward`, so that its state dict loads
-by name.
+"""Denoisers that are not in diffusers, in plain PyTorch: upstream's modules, parameter names and `forward`, so that its
+state dict loads by name.
 
-Written from the published shapes. They sample as upstream's classes do, with its custom kernels and parallelism left out.
+Written from the published shapes. They sample as upstream's classes do, with its custom kernels and parallelism left
+out.
 """
 
 from bench.architectures.latte_t2v import LatteT2V

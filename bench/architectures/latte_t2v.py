@@ -1,4 +1,5 @@
-"""LatteT2V as Open-Sora-Plan 1.1 has it (github.com/PKU-YuanGroup/Open-Sora-Plan, v1.1.0: opensora/models/diffusion/latte/)."""
+"""LatteT2V as Open-Sora-Plan 1.1 has it (github.com/PKU-YuanGroup/Open-Sora-Plan, v1.1.0:
+opensora/models/diffusion/latte/)."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from bench.architectures.layers import (
 
 
 class Attention(nn.Module):
-    """Attention under diffusers' names. A row of `context`, and of `bias` [m, 1, keys] added to the scores, may serve several of x."""
+    """Attention under diffusers' names. A row of `context`, and of `bias` [m, 1, keys] added to the scores, may serve
+    several of x."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -32,7 +34,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         context = x if context is None else context
-        key, value = (part.repeat_interleave(len(x) // len(context), dim=0) for part in (self.to_k(context), self.to_v(context)))
+        key, value = (
+            part.repeat_interleave(len(x) // len(context), dim=0) for part in (self.to_k(context), self.to_v(context))
+        )
         bias = None if bias is None else bias.repeat_interleave(len(x) // len(context), dim=0)[:, None]
         return self.to_out[0](attend(self.to_q(x), key, value, self.heads, bias))
 
@@ -52,7 +56,9 @@ class BasicTransformerBlock_(nn.Module):
         return x
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (self.scale_shift_table + time.unflatten(1, (6, -1))).chunk(6, dim=1)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
+            self.scale_shift_table + time.unflatten(1, (6, -1))
+        ).chunk(6, dim=1)
         x = x + gate_a * self.attn1(self.norm1(x) * (1 + scale_a) + shift_a)
         x = self.cross(x, context, bias)
         return x + gate_m * self.ff(self.norm3(x) * (1 + scale_m) + shift_m)
@@ -94,7 +100,8 @@ class AdaLayerNormSingle(nn.Module):
 
 
 class LatteT2V(nn.Module):
-    """forward(hidden_states [B, C, T, H, W], timestep [B], encoder_hidden_states [B, 1, L, D], encoder_attention_mask [B, 1, L] or [B, L]).
+    """forward(hidden_states [B, C, T, H, W], timestep [B], encoder_hidden_states [B, 1, L, D], encoder_attention_mask
+    [B, 1, L] or [B, L]).
 
     Returns ([B, out, T, H, W],), or an object with it as `sample`. Rows are [unconditional, conditional].
     """
@@ -113,13 +120,23 @@ class LatteT2V(nn.Module):
     ):
         super().__init__()
         self.config = SimpleNamespace(
-            num_attention_heads=num_attention_heads, attention_head_dim=attention_head_dim, in_channels=in_channels,
-            out_channels=out_channels, num_layers=num_layers, sample_size=sample_size, patch_size=patch_size, video_length=video_length,
-        )  # fmt: skip
+            num_attention_heads=num_attention_heads,
+            attention_head_dim=attention_head_dim,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            num_layers=num_layers,
+            sample_size=sample_size,
+            patch_size=patch_size,
+            video_length=video_length,
+        )
         width = num_attention_heads * attention_head_dim
         self.pos_embed = PatchEmbed(in_channels, width, patch_size)
-        self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(width, num_attention_heads) for _ in range(num_layers)])
-        self.temporal_transformer_blocks = nn.ModuleList([BasicTransformerBlock_(width, num_attention_heads) for _ in range(num_layers)])
+        self.transformer_blocks = nn.ModuleList(
+            [BasicTransformerBlock(width, num_attention_heads) for _ in range(num_layers)]
+        )
+        self.temporal_transformer_blocks = nn.ModuleList(
+            [BasicTransformerBlock_(width, num_attention_heads) for _ in range(num_layers)]
+        )
         self.norm_out = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
         self.proj_out = nn.Linear(width, patch_size * patch_size * out_channels)
@@ -127,9 +144,14 @@ class LatteT2V(nn.Module):
         self.caption_projection = CaptionProjection(caption_channels, width)
 
     def forward(
-        self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor | None = None,
-        return_dict: bool = True, **_: Any,
-    ) -> Any:  # fmt: skip
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_attention_mask: Tensor | None = None,
+        return_dict: bool = True,
+        **_: Any,
+    ) -> Any:
         batch, _, frames, height, width = hidden_states.shape
         patch, channels, dtype = self.config.patch_size, self.proj_out.in_features, hidden_states.dtype
         rows, columns = height // patch, width // patch
@@ -138,7 +160,8 @@ class LatteT2V(nn.Module):
         span = max(self.config.video_length // 16, 1)
         grid = [torch.arange(extent, device=hidden_states.device) / plane for extent in (rows, columns)]
         time, embedded = self.adaln_single(timestep, dtype)
-        # Upstream repeats the text for every frame before its projections, with the same result and 2 % more operations.
+        # Upstream repeats the text for every frame before its projections, with the same result and 2 % more
+        # operations.
         text = self.caption_projection(encoder_hidden_states).reshape(batch, -1, channels)
         bias = None
         if encoder_attention_mask is not None:
@@ -146,8 +169,13 @@ class LatteT2V(nn.Module):
 
         x = self.pos_embed(hidden_states.transpose(1, 2).flatten(0, 1)) + plane_positions(*grid, channels).to(dtype)
         moments = sinusoids(torch.arange(frames, device=x.device) / span, channels).to(dtype)
-        spatial_time, temporal_time = time.repeat_interleave(frames, dim=0), time.repeat_interleave(rows * columns, dim=0)
-        for layer, (spatial, temporal) in enumerate(zip(self.transformer_blocks, self.temporal_transformer_blocks, strict=True)):
+        spatial_time, temporal_time = (
+            time.repeat_interleave(frames, dim=0),
+            time.repeat_interleave(rows * columns, dim=0),
+        )
+        for layer, (spatial, temporal) in enumerate(
+            zip(self.transformer_blocks, self.temporal_transformer_blocks, strict=True)
+        ):
             x = spatial(x, spatial_time, text, bias).unflatten(0, (batch, frames)).transpose(1, 2).flatten(0, 1)
             x = temporal(x + moments if layer == 0 else x, temporal_time)
             x = x.unflatten(0, (batch, rows * columns)).transpose(1, 2).flatten(0, 1)

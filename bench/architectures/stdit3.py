@@ -61,7 +61,10 @@ class MultiHeadCrossAttention(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor, lengths: Sequence[int]) -> Tensor:
         texts = self.kv_linear(cond)[0].split(list(lengths))
-        rows = [attend(row[None], *text[None].chunk(2, dim=-1), self.heads) for row, text in zip(self.q_linear(x), texts, strict=True)]
+        rows = [
+            attend(row[None], *text[None].chunk(2, dim=-1), self.heads)
+            for row, text in zip(self.q_linear(x), texts, strict=True)
+        ]
         return self.proj(torch.cat(rows))
 
 
@@ -76,7 +79,8 @@ class Mlp(nn.Module):
 
 
 class Modulation:
-    """Shifts, scales and gates of shape [B, 1, C] or [B, T S, C]: a table plus the embedding of the timestep `time` [B, n C].
+    """Shifts, scales and gates of shape [B, 1, C] or [B, T S, C]: a table plus the embedding of the timestep `time` [B,
+    n C].
 
     moving [B, T S, 1]: where false, the embedding `still` of timestep 0 stands in (frames that are given).
     """
@@ -86,14 +90,19 @@ class Modulation:
 
     def __getitem__(self, index: int) -> Tensor:
         part = self._part(self.time, index)
-        return part if self.moving is None or self.still is None else torch.where(self.moving, part, self._part(self.still, index))
+        return (
+            part
+            if self.moving is None or self.still is None
+            else torch.where(self.moving, part, self._part(self.still, index))
+        )
 
     def _part(self, embedding: Tensor, index: int) -> Tensor:
         return (self.table[index] + embedding.unflatten(1, (-1, self.table.shape[1]))[:, index])[:, None]
 
 
 class STDiT3Block(nn.Module):
-    """Self-attention over a frame or over time, cross-attention to the text, MLP; gates and shifts from the timestep."""
+    """Self-attention over a frame or over time, cross-attention to the text, MLP; gates and shifts from the
+    timestep."""
 
     def __init__(self, width: int, heads: int, rope: Any = None, temporal: bool = False):
         super().__init__()
@@ -106,7 +115,14 @@ class STDiT3Block(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
 
     def forward(
-        self, x: Tensor, text: Tensor, lengths: Sequence[int], frames: int, time: Tensor, still: Tensor | None, moving: Tensor | None
+        self,
+        x: Tensor,
+        text: Tensor,
+        lengths: Sequence[int],
+        frames: int,
+        time: Tensor,
+        still: Tensor | None,
+        moving: Tensor | None,
     ) -> Tensor:
         """x [B, T S, C]; the modulation is shift, scale and gate of the attention, then of the MLP."""
         modulation, batch = Modulation(self.scale_shift_table, time, still, moving), len(x)
@@ -164,10 +180,11 @@ class T2IFinalLayer(nn.Module):
 
 
 class STDiT3(nn.Module):
-    """forward(x [B, C, T, H, W], timestep [B], y [B, 1, L, D], mask [B or B / 2, L], x_mask [B, T], fps, height, width [B or B / 2]).
+    """forward(x [B, C, T, H, W], timestep [B], y [B, 1, L, D], mask [B or B / 2, L], x_mask [B, T], fps, height, width
+    [B or B / 2]).
 
-    Returns [B, 2 C, T, H, W] in float32. Rows are [conditional, unconditional]; `mask` has those of the prompts alone, as upstream gives
-    it.
+    Returns [B, 2 C, T, H, W] in float32. Rows are [conditional, unconditional]; `mask` has those of the prompts alone,
+    as upstream gives it.
     """
 
     def __init__(
@@ -183,9 +200,14 @@ class STDiT3(nn.Module):
     ):
         super().__init__()
         self.config = SimpleNamespace(
-            hidden_size=hidden_size, depth=depth, num_heads=num_heads, in_channels=in_channels, patch_size=patch_size, pred_sigma=True,
+            hidden_size=hidden_size,
+            depth=depth,
+            num_heads=num_heads,
+            in_channels=in_channels,
+            patch_size=patch_size,
+            pred_sigma=True,
             input_sq_size=input_sq_size,
-        )  # fmt: skip
+        )
         outputs = 2 * in_channels * patch_size[0] * patch_size[1] * patch_size[2]
         self.rope = RotaryEmbedding(hidden_size // num_heads)
         self.x_embedder = PatchEmbed3D(patch_size, in_channels, hidden_size)
@@ -195,7 +217,9 @@ class STDiT3(nn.Module):
         self.y_embedder = CaptionEmbedder(caption_channels, hidden_size, model_max_length)
         rotate = self.rope.rotate_queries_or_keys
         self.spatial_blocks = nn.ModuleList([STDiT3Block(hidden_size, num_heads) for _ in range(depth)])
-        self.temporal_blocks = nn.ModuleList([STDiT3Block(hidden_size, num_heads, rotate, temporal=True) for _ in range(depth)])
+        self.temporal_blocks = nn.ModuleList(
+            [STDiT3Block(hidden_size, num_heads, rotate, temporal=True) for _ in range(depth)]
+        )
         self.final_layer = T2IFinalLayer(hidden_size, outputs)
 
     def encode_text(self, y: Tensor, mask: Tensor | None) -> tuple[Tensor, list[int]]:
@@ -207,9 +231,18 @@ class STDiT3(nn.Module):
         return text[mask != 0][None], mask.sum(dim=1).tolist()
 
     def forward(
-        self, x: Tensor, timestep: Tensor, y: Tensor, mask: Tensor | None = None, x_mask: Tensor | None = None, *,
-        fps: Tensor, height: Any, width: Any, **_: Any,
-    ) -> Tensor:  # fmt: skip
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        y: Tensor,
+        mask: Tensor | None = None,
+        x_mask: Tensor | None = None,
+        *,
+        fps: Tensor,
+        height: Any,
+        width: Any,
+        **_: Any,
+    ) -> Tensor:
         dtype = self.x_embedder.proj.weight.dtype
         batch, _, *size = x.shape
         patch = self.config.patch_size
@@ -227,7 +260,9 @@ class STDiT3(nn.Module):
         scale = (height[0].item() * width[0].item()) ** 0.5 / self.config.input_sq_size
         base = round((rows * columns) ** 0.5)
         grid = [torch.arange(extent, device=x.device) / scale * (base / extent) for extent in (rows, columns)]
-        h = self.x_embedder(x.to(dtype)).unflatten(1, (frames, -1)) + plane_positions(*grid, self.config.hidden_size).to(dtype)
+        h = self.x_embedder(x.to(dtype)).unflatten(1, (frames, -1)) + plane_positions(
+            *grid, self.config.hidden_size
+        ).to(dtype)
         h = h.flatten(1, 2)
 
         modulation = self.t_block(time), None if still is None else self.t_block(still)

@@ -11,14 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.architectures.layers import FeedForward, PatchEmbed, TimestepEmbedding, attend, plane_positions, time_features, unpatchify
+from bench.architectures.layers import (
+    FeedForward,
+    PatchEmbed,
+    TimestepEmbedding,
+    attend,
+    plane_positions,
+    time_features,
+    unpatchify,
+)
 
 SPATIAL_GAIN = 1.1
 """Weight of the spatial attention in the sum of the three (VchitectAttnProcessor)."""
 
 
 def rotate(x: Tensor, heads: int, theta: float = 1e6) -> Tensor:
-    """Rotary positions over the tokens of [n, tokens, width], pairs of neighbouring channels in each head, in float32."""
+    """Rotary positions over the tokens of [n, tokens, width], pairs of neighbouring channels in each head, in
+    float32."""
     dim = x.shape[2] // heads
     frequencies = theta ** -(torch.arange(0, dim, 2, device=x.device) / dim)
     angles = torch.arange(x.shape[1], device=x.device)[:, None, None] * frequencies
@@ -28,7 +37,8 @@ def rotate(x: Tensor, heads: int, theta: float = 1e6) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Three attentions that share the text's projections: over a frame with its text, over time, and to the first frame's text.
+    """Three attentions that share the text's projections: over a frame with its text, over time, and to the first
+    frame's text.
 
     forward(x [B T, S, C], text [B T, L, C], frames) -> the same two shapes.
     """
@@ -36,7 +46,18 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, context_pre_only: bool):
         super().__init__()
         self.heads, self.context_pre_only = heads, context_pre_only
-        for name in ("to_q", "to_k", "to_v", "to_q_cross", "to_q_temp", "to_k_temp", "to_v_temp", "add_k_proj", "add_v_proj", "add_q_proj"):
+        for name in (
+            "to_q",
+            "to_k",
+            "to_v",
+            "to_q_cross",
+            "to_q_temp",
+            "to_k_temp",
+            "to_v_temp",
+            "add_k_proj",
+            "add_v_proj",
+            "add_q_proj",
+        ):
             setattr(self, name, nn.Linear(width, width))
         self.to_out = nn.ModuleList([nn.Linear(width, width), nn.Identity()])
         self.to_out_temporal = nn.Linear(width, width)
@@ -79,7 +100,9 @@ class AdaLayerNorm(nn.Module):
         self.linear = nn.Linear(width, parts * width)
 
     def forward(self, x: Tensor, embedding: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return F.layer_norm(x, x.shape[-1:], eps=1e-6), self.linear(F.silu(embedding))[:, None].chunk(self.parts, dim=-1)
+        return F.layer_norm(x, x.shape[-1:], eps=1e-6), self.linear(F.silu(embedding))[:, None].chunk(
+            self.parts, dim=-1
+        )
 
 
 class JointTransformerBlock(nn.Module):
@@ -141,8 +164,8 @@ class PositionedPatchEmbed(PatchEmbed):
 class VchitectXLTransformerModel(nn.Module):
     """forward(hidden_states [B, T, C, H, W], encoder_hidden_states [B, L, D], pooled_projections [B, P], timestep [B]).
 
-    Returns ([B T, C, H, W],), or an object with it as `sample`. Upstream samples with two calls a step, the unconditional one first. It
-    runs one video at a time (B = 1); here rows of a batch are videos of their own.
+    Returns ([B T, C, H, W],), or an object with it as `sample`. Upstream samples with two calls a step, the
+    unconditional one first. It runs one video at a time (B = 1); here rows of a batch are videos of their own.
     """
 
     def __init__(
@@ -161,11 +184,18 @@ class VchitectXLTransformerModel(nn.Module):
     ):
         super().__init__()
         self.config = SimpleNamespace(
-            sample_size=sample_size, patch_size=patch_size, in_channels=in_channels, num_layers=num_layers, out_channels=out_channels,
-            attention_head_dim=attention_head_dim, num_attention_heads=num_attention_heads,
-        )  # fmt: skip
+            sample_size=sample_size,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            num_layers=num_layers,
+            out_channels=out_channels,
+            attention_head_dim=attention_head_dim,
+            num_attention_heads=num_attention_heads,
+        )
         width = num_attention_heads * attention_head_dim
-        self.pos_embed = PositionedPatchEmbed(in_channels, width, patch_size, sample_size // patch_size, pos_embed_max_size)
+        self.pos_embed = PositionedPatchEmbed(
+            in_channels, width, patch_size, sample_size // patch_size, pos_embed_max_size
+        )
         self.time_text_embed = CombinedTimestepTextProjEmbeddings(width, pooled_projection_dim)
         self.context_embedder = nn.Linear(joint_attention_dim, caption_projection_dim)
         self.transformer_blocks = nn.ModuleList(
@@ -175,9 +205,14 @@ class VchitectXLTransformerModel(nn.Module):
         self.proj_out = nn.Linear(width, patch_size * patch_size * out_channels)
 
     def forward(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor, timestep: Tensor,
-        joint_attention_kwargs: dict[str, Any] | None = None, return_dict: bool = True,
-    ) -> Any:  # fmt: skip
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        timestep: Tensor,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Any:
         frames, patch = hidden_states.shape[1], self.config.patch_size
         rows, columns = (extent // patch for extent in hidden_states.shape[-2:])
         x = self.pos_embed(hidden_states.flatten(0, 1))

@@ -1,4 +1,4 @@
-// What the CPU and the CUDA bindings check before they touch memory, and the version they were built with. fastercache/ops.py validates
+// What the CPU and the CUDA bindings check before they touch memory, and the version they were built with. fastercache/ops/ validates
 // arguments for people.
 #pragma once
 
@@ -9,12 +9,12 @@
 #include <cstdint>
 
 #include "../packed_layout.h"
-#include "../row_layout.h"
+#include "../coefficient_layout.h"
 
 #define STRING_OF(x) #x
 #define STRING(x) STRING_OF(x)
 
-// fastercache/ops.py finds this text in the file, so it can name the version even when the library does not load.
+// fastercache/ops/dispatch.py finds this text in the file, so it can name the version even when the library does not load.
 extern "C" __attribute__((used, visibility("default"))) const char fastercache_built_with[] =
     "fastercache built with torch " STRING(TORCH_VERSION_MAJOR) "." STRING(TORCH_VERSION_MINOR) "." STRING(TORCH_VERSION_PATCH);
 
@@ -25,6 +25,12 @@ using torch::stable::Tensor;
 
 inline void check_size(const Tensor& tensor, int64_t expected, const char* name) {
   STD_TORCH_CHECK(tensor.numel() == expected, name, " has ", tensor.numel(), " elements, expected ", expected);
+}
+
+inline void check_like(const Tensor& tensor, const Tensor& like, const char* name) {
+  bool same = tensor.dim() == like.dim() && tensor.scalar_type() == like.scalar_type();
+  for (int64_t d = 0; same && d < like.dim(); ++d) same = tensor.size(d) == like.size(d);
+  STD_TORCH_CHECK(same, name, " must have the shape and dtype of the tensor it goes with");
 }
 
 // Elements of each of a ring's slots, which must be contiguous and not overlap.
@@ -39,14 +45,14 @@ inline int64_t slot_size(const Tensor& ring) {
   return ring.numel() / ring.size(0);
 }
 
-inline const float* row_data(const Tensor& row) {
+inline const float* coefficient_data(const Tensor& coefficients) {
   STD_TORCH_CHECK(
-      row.scalar_type() == ScalarType::Float && row.numel() == ROW_SIZE && row.is_contiguous(),
-      "row must be ", ROW_SIZE, " contiguous float32 values");
-  return static_cast<const float*>(row.const_data_ptr());
+      coefficients.scalar_type() == ScalarType::Float && coefficients.numel() == COEFFICIENT_COUNT && coefficients.is_contiguous(),
+      "coefficients must be ", COEFFICIENT_COUNT, " contiguous float32 values");
+  return static_cast<const float*>(coefficients.const_data_ptr());
 }
 
-// How a packed ring lies beside a tensor of the same lines: `lines` rows of `channels` elements, `bytes` for each.
+// How a packed ring lies beside a tensor of the same lines: `lines` vectors of `channels` elements, a line of `bytes` for each.
 struct PackedLines {
   int64_t lines, channels, bytes;
   int bits;
@@ -59,7 +65,7 @@ inline PackedLines packed_lines(const Tensor& ring, const Tensor& values, int64_
   STD_TORCH_CHECK(
       reinterpret_cast<uintptr_t>(ring.const_data_ptr()) % PACKED_ALIGNMENT == 0, "a packed ring must begin at a multiple of ",
       PACKED_ALIGNMENT, " bytes, as new tensors and their rows do");
-  const int64_t channels = values.size(values.dim() - 1), bytes = PackedRow{channels, int(bits)}.bytes();
+  const int64_t channels = values.size(values.dim() - 1), bytes = PackedLine{channels, int(bits)}.bytes();
   const int64_t lines = values.numel() / channels;
   check_size(ring, lines * bytes, "ring");
   return {lines, channels, bytes, int(bits)};

@@ -17,14 +17,14 @@ void check(const char* name, int64_t value, bool valid, const char* expected) {
 
 class RingLayout {
  public:
-  RingLayout(int64_t slots, int64_t rows, int64_t row_bytes, int64_t alignment)
-      : slots_(slots), rows_(rows), row_bytes_(row_bytes), alignment_(alignment) {
+  RingLayout(int64_t slots, int64_t lines, int64_t line_bytes, int64_t alignment)
+      : slots_(slots), lines_(lines), line_bytes_(line_bytes), alignment_(alignment) {
     check("slots", slots, slots > 0, "at least 1");
-    check("rows", rows, rows > 0, "at least 1");
-    check("row_bytes", row_bytes, row_bytes > 0, "at least 1");
+    check("lines", lines, lines > 0, "at least 1");
+    check("line_bytes", line_bytes, line_bytes > 0, "at least 1");
     check("alignment", alignment, alignment > 0 && (alignment & (alignment - 1)) == 0, "a power of two");
-    check("row_bytes", row_bytes, row_bytes <= (kLimit - alignment) / rows, "at most 2**63 - 1 bytes a slot");
-    slot_stride_ = (rows * row_bytes + alignment - 1) / alignment * alignment;
+    check("line_bytes", line_bytes, line_bytes <= (kLimit - alignment) / lines, "at most 2**63 - 1 bytes a slot");
+    slot_stride_ = (lines * line_bytes + alignment - 1) / alignment * alignment;
     check("slots", slots, slots <= kLimit / slot_stride_, "at most 2**63 - 1 bytes in all");
   }
 
@@ -32,17 +32,17 @@ class RingLayout {
   int64_t slot_stride_bytes() const { return slot_stride_; }
 
   std::string repr() const {
-    return "RingLayout(slots=" + std::to_string(slots_) + ", rows=" + std::to_string(rows_) + ", row_bytes=" +
-        std::to_string(row_bytes_) + ", alignment=" + std::to_string(alignment_) + ")";
+    return "RingLayout(slots=" + std::to_string(slots_) + ", lines=" + std::to_string(lines_) + ", line_bytes=" +
+        std::to_string(line_bytes_) + ", alignment=" + std::to_string(alignment_) + ")";
   }
 
  private:
   static constexpr int64_t kLimit = std::numeric_limits<int64_t>::max();
 
-  int64_t slots_, rows_, row_bytes_, alignment_, slot_stride_ = 0;
+  int64_t slots_, lines_, line_bytes_, alignment_, slot_stride_ = 0;
 };
 
-fastercache::PackedRow packed_row(int64_t channels, int bits) {
+fastercache::PackedLine packed_line(int64_t channels, int bits) {
   check("channels", channels, channels > 0 && channels < (int64_t(1) << 58), "at least 1");
   check("bits", bits, bits == 0 || bits == 4 || bits == 8, "one of 0, 4, 8");
   return {channels, bits};
@@ -55,18 +55,18 @@ PYBIND11_MODULE(_layout, m) {
   using py::literals::operator""_a;
   m.doc() = "Host-side planning of a cache ring's bytes.";
   // 256 bytes is what CUDA's allocators align to: every slot can then be read with the widest loads.
-  py::class_<RingLayout>(m, "RingLayout", "The bytes of one ring: `slots` slots of `rows` rows of `row_bytes`, each slot aligned.")
-      .def(py::init<int64_t, int64_t, int64_t, int64_t>(), "slots"_a, "rows"_a, "row_bytes"_a, "alignment"_a = 256)
+  py::class_<RingLayout>(m, "RingLayout", "The bytes of one ring: `slots` slots of `lines` lines of `line_bytes`, each slot aligned.")
+      .def(py::init<int64_t, int64_t, int64_t, int64_t>(), "slots"_a, "lines"_a, "line_bytes"_a, "alignment"_a = 256)
       .def_property_readonly("bytes", &RingLayout::bytes, "Bytes of the whole ring, padding included.")
       .def_property_readonly("slot_stride_bytes", &RingLayout::slot_stride_bytes, "Bytes from one slot to the next.")
       .def("__repr__", &RingLayout::repr);
 
-  using fastercache::PackedRow;
-  py::class_<PackedRow>(m, "PackedRow", "The bytes of one row of `channels` in a packed ring, with `bits` for each difference.")
-      .def(py::init(&packed_row), "channels"_a, "bits"_a)
-      .def_property_readonly("blocks", &PackedRow::blocks, "Blocks of channels that share a scale.")
-      .def_property_readonly("difference", &PackedRow::difference, "Where the codes of the difference begin.")
-      .def_property_readonly("newest_scales", &PackedRow::newest_scales, "Where the scales of the newest output begin.")
-      .def_property_readonly("difference_scales", &PackedRow::difference_scales, "Where the scales of the difference begin.")
-      .def_property_readonly("bytes", &PackedRow::bytes, "Bytes of the whole row, padding included.");
+  using fastercache::PackedLine;
+  py::class_<PackedLine>(m, "PackedLine", "The bytes of one line of `channels` in a packed ring, with `bits` for each difference.")
+      .def(py::init(&packed_line), "channels"_a, "bits"_a)
+      .def_property_readonly("blocks", &PackedLine::blocks, "Blocks of channels that share a scale.")
+      .def_property_readonly("difference", &PackedLine::difference, "Where the codes of the difference begin.")
+      .def_property_readonly("newest_scales", &PackedLine::newest_scales, "Where the scales of the newest output begin.")
+      .def_property_readonly("difference_scales", &PackedLine::difference_scales, "Where the scales of the difference begin.")
+      .def_property_readonly("bytes", &PackedLine::bytes, "Bytes of the whole line, padding included.");
 }

@@ -1,5 +1,5 @@
 // CPU implementations of the fastercache ops, registered through torch's stable ABI: one build serves torch 2.11 and later.
-// The schemas are defined and their arguments validated in fastercache/ops.py; what is checked here guards memory.
+// The schemas are defined and their arguments validated in fastercache/ops/; what is checked here guards memory.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -9,14 +9,16 @@
 #include <array>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <type_traits>
 #include <vector>
 
 #include "../kernels/cfg.h"
 #include "../kernels/packed.h"
+#include "../kernels/prediction.h"
 #include "../kernels/ring.h"
 #include "../kernels/strided.h"
-#include "../row_layout.h"
+#include "../coefficient_layout.h"
 #include "checks.h"
 
 namespace {
@@ -41,12 +43,6 @@ void dispatch(ScalarType dtype, F&& call) {
 template <class T> T* data(const Tensor& tensor) { return static_cast<T*>(tensor.data_ptr()); }
 template <class T> const T* const_data(const Tensor& tensor) { return static_cast<const T*>(tensor.const_data_ptr()); }
 
-void check_like(const Tensor& tensor, const Tensor& like, const char* name) {
-  bool same = tensor.dim() == like.dim() && tensor.scalar_type() == like.scalar_type();
-  for (int64_t d = 0; same && d < like.dim(); ++d) same = tensor.size(d) == like.size(d);
-  STD_TORCH_CHECK(same, name, " must have the shape and dtype of the tensor it goes with");
-}
-
 // A map of CFG-Cache for values like `like`: as many elements, contiguous, in the type that those are computed in.
 void check_map(const Tensor& map, const Tensor& like, const char* name) {
   check_size(map, like.numel(), name);
@@ -55,19 +51,20 @@ void check_map(const Tensor& map, const Tensor& like, const char* name) {
 }
 
 int64_t slot_index(float value, int64_t slots) {
-  STD_TORCH_CHECK(value >= 0 && value < float(slots), "the row names ring slot ", value, ", the ring has ", slots);
+  STD_TORCH_CHECK(value >= 0 && value < float(slots), "the coefficients name ring slot ", value, ", the ring has ", slots);
   return int64_t(value);
 }
 
 template <class T>
-Taps<T> read_taps(const Tensor& ring, const Tensor& row_tensor) {
-  const float* row = row_data(row_tensor);
-  STD_TORCH_CHECK(row[ROW_TAPS] >= 0 && row[ROW_TAPS] <= MAX_TAPS, "the row uses ", row[ROW_TAPS], " taps, at most ", MAX_TAPS);
+Taps<T> read_taps(const Tensor& ring, const Tensor& tensor) {
+  const float* coefficients = coefficient_data(tensor);
+  const float count = coefficients[COEFFICIENT_TAPS];
+  STD_TORCH_CHECK(count >= 0 && count <= MAX_TAPS, "the coefficients use ", count, " taps, at most ", MAX_TAPS);
   Taps<T> taps;
-  taps.count = int(row[ROW_TAPS]);
+  taps.count = int(count);
   for (int k = 0; k < taps.count; ++k) {
-    taps.coefficient[k] = row[ROW_COEFFICIENT + k];
-    taps.slot[k] = const_data<T>(ring) + slot_index(row[ROW_READ_SLOT + k], ring.size(0)) * ring.stride(0);
+    taps.coefficient[k] = coefficients[COEFFICIENT_OF_TAP + k];
+    taps.slot[k] = const_data<T>(ring) + slot_index(coefficients[COEFFICIENT_READ_SLOT + k], ring.size(0)) * ring.stride(0);
   }
   return taps;
 }
@@ -90,10 +87,10 @@ std::vector<int64_t> broadcast_strides(const Tensor& tensor, const Tensor& like)
   return strides;
 }
 
-void ring_push(Tensor ring, Tensor x, Tensor row) {
+void ring_push(Tensor ring, Tensor x, Tensor coefficients) {
   check_size(x, slot_size(ring), "x");
   STD_TORCH_CHECK(x.scalar_type() == ring.scalar_type(), "x and ring differ in dtype");
-  const int64_t slot = slot_index(row_data(row)[ROW_WRITE_SLOT], ring.size(0));
+  const int64_t slot = slot_index(coefficient_data(coefficients)[COEFFICIENT_WRITE_SLOT], ring.size(0));
   const auto source = walk<1>(x, {x.strides().data()});
   const auto copy = [&](auto type) {
     using T = typename decltype(type)::type;
@@ -114,12 +111,31 @@ void ring_push(Tensor ring, Tensor x, Tensor row) {
   }
 }
 
-void ring_blend(Tensor out, Tensor ring, Tensor row) {
+void ring_push_residual(Tensor ring, Tensor x, Tensor entry, Tensor coefficients) {
+  check_size(x, slot_size(ring), "x");
+  STD_TORCH_CHECK(x.scalar_type() == ring.scalar_type(), "x and ring differ in dtype");
+  check_like(entry, x, "entry");
+  const int64_t slot = slot_index(coefficient_data(coefficients)[COEFFICIENT_WRITE_SLOT], ring.size(0));
+  const auto both = walk<2>(x, {x.strides().data(), entry.strides().data()});
+  dispatch(x.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    T* out = data<T>(ring) + slot * ring.stride(0);
+    const T *in = const_data<T>(x), *before = const_data<T>(entry);
+    const bool streaming = x.numel() * int64_t(sizeof(T)) >= STREAM_BYTES;
+    torch::stable::parallel_for(0, x.numel(), kGrain, [&](int64_t begin, int64_t end) {
+      both(begin, end, [&](int64_t position, const auto& offset, int64_t count) {
+        residual_run(out + position, in + offset[0], both.step()[0], before + offset[1], both.step()[1], count, streaming);
+      });
+    });
+  });
+}
+
+void ring_blend(Tensor out, Tensor ring, Tensor coefficients) {
   check_size(out, slot_size(ring), "out");
   STD_TORCH_CHECK(out.scalar_type() == ring.scalar_type() && out.is_contiguous(), "out must be contiguous and of the ring's dtype");
   dispatch(ring.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
-    const Taps<T> taps = read_taps<T>(ring, row);
+    const Taps<T> taps = read_taps<T>(ring, coefficients);
     T* to = data<T>(out);
     const bool streaming = out.numel() * int64_t(sizeof(T)) >= STREAM_BYTES;
     torch::stable::parallel_for(0, out.numel(), kGrain, [&](int64_t begin, int64_t end) {
@@ -128,14 +144,14 @@ void ring_blend(Tensor out, Tensor ring, Tensor row) {
   });
 }
 
-void ring_blend_add(Tensor x, Tensor gate, Tensor ring, Tensor row) {
+void ring_blend_add(Tensor x, Tensor gate, Tensor ring, Tensor coefficients) {
   check_size(x, slot_size(ring), "x");
   STD_TORCH_CHECK(x.scalar_type() == ring.scalar_type(), "x and ring differ in dtype");
   const auto gate_strides = broadcast_strides(gate, x);
   const auto both = walk<2>(x, {x.strides().data(), gate_strides.data()});
   dispatch(x.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
-    const Taps<T> taps = read_taps<T>(ring, row);
+    const Taps<T> taps = read_taps<T>(ring, coefficients);
     const auto add = [&](auto gate_type) {
       using G = typename decltype(gate_type)::type;
       T* to = data<T>(x);
@@ -160,12 +176,14 @@ void dispatch_packed(ScalarType dtype, F&& call) {
   });
 }
 
-PackedTaps read_packed_taps(const Tensor& row_tensor, int64_t bits) {
-  const float* row = row_data(row_tensor);
+PackedTaps read_packed_taps(const Tensor& tensor, int64_t bits) {
+  const float* coefficients = coefficient_data(tensor);
   const int taps = bits ? 2 : 1;
-  STD_TORCH_CHECK(row[ROW_TAPS] >= 0 && row[ROW_TAPS] <= taps, "the row uses ", row[ROW_TAPS], " taps, a packed ring of these bits holds ", taps);
-  const bool both = row[ROW_TAPS] > 1;
-  const float first = row[ROW_TAPS] > 0 ? row[ROW_COEFFICIENT] : 0, second = both ? row[ROW_COEFFICIENT + 1] : 0;
+  const float count = coefficients[COEFFICIENT_TAPS];
+  STD_TORCH_CHECK(
+      count >= 0 && count <= taps, "the coefficients use ", count, " taps, a packed ring of these bits holds ", taps);
+  const bool both = count > 1;
+  const float first = count > 0 ? coefficients[COEFFICIENT_OF_TAP] : 0, second = both ? coefficients[COEFFICIENT_OF_TAP + 1] : 0;
   return {both, first + second, -second};
 }
 
@@ -197,9 +215,23 @@ void packed_push(Tensor ring, Tensor x, int64_t bits) {
   });
 }
 
-void packed_blend(Tensor out, Tensor ring, Tensor row, int64_t bits) {
+void packed_push_residual(Tensor ring, Tensor x, Tensor entry, int64_t bits) {
+  const PackedLines shape = packed_lines(ring, x, bits);
+  check_like(entry, x, "entry");
+  const int64_t step = x.stride(x.dim() - 1), entry_step = entry.stride(x.dim() - 1);
+  dispatch_packed(x.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    auto* packed = data<uint8_t>(ring);
+    const T *in = const_data<T>(x), *before = const_data<T>(entry);
+    each_line<2>(shape, x, {x.strides().data(), entry.strides().data()}, [&](int64_t line, const auto& at) {
+      push_packed(packed + line * shape.bytes, in + at[0], step, shape.channels, shape.bits, before + at[1], entry_step);
+    });
+  });
+}
+
+void packed_blend(Tensor out, Tensor ring, Tensor coefficients, int64_t bits) {
   const PackedLines shape = packed_lines(ring, out, bits);
-  const PackedTaps taps = read_packed_taps(row, bits);
+  const PackedTaps taps = read_packed_taps(coefficients, bits);
   STD_TORCH_CHECK(out.is_contiguous(), "out must be contiguous");
   dispatch_packed(out.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
@@ -212,9 +244,9 @@ void packed_blend(Tensor out, Tensor ring, Tensor row, int64_t bits) {
   });
 }
 
-void packed_blend_add(Tensor x, Tensor gate, Tensor ring, Tensor row, int64_t bits) {
+void packed_blend_add(Tensor x, Tensor gate, Tensor ring, Tensor coefficients, int64_t bits) {
   const PackedLines shape = packed_lines(ring, x, bits);
-  const PackedTaps taps = read_packed_taps(row, bits);
+  const PackedTaps taps = read_packed_taps(coefficients, bits);
   const auto gate_strides = broadcast_strides(gate, x);
   STD_TORCH_CHECK(shape.channels == 1 || x.stride(x.dim() - 1) == 1, "x must be contiguous in the last dimension");
   dispatch_packed(x.scalar_type(), [&](auto type) {
@@ -274,55 +306,70 @@ void cfg_split(Tensor low, Tensor high, Tensor uncond, Tensor cond, int64_t radi
   });
 }
 
-void cfg_reconstruct(Tensor out, Tensor cond, Tensor low, Tensor high, Tensor row, int64_t cond_half) {
+// The maps of a reconstruction with their weights. One before the newest, which may never have been written, is in use where its weight is
+// not 0.
+template <class T>
+WeightedMaps<compute_t<T>> read_maps(
+    const Tensor& low, const Tensor& high, const std::optional<Tensor>& previous, const float* coefficients) {
+  using A = compute_t<T>;
+  const bool three = previous && coefficients[COEFFICIENT_PREVIOUS] != 0;
+  return {
+      const_data<A>(low), const_data<A>(high), three ? const_data<A>(*previous) : nullptr,
+      A(coefficients[COEFFICIENT_LOW]), A(coefficients[COEFFICIENT_HIGH]), three ? A(coefficients[COEFFICIENT_PREVIOUS]) : A(0)};
+}
+
+void cfg_reconstruct(
+    Tensor out, Tensor cond, Tensor low, Tensor high, Tensor coefficients, int64_t cond_half, std::optional<Tensor> previous) {
   const int64_t half = cond.numel();
   check_size(out, 2 * half, "out");
   STD_TORCH_CHECK(out.scalar_type() == cond.scalar_type() && out.is_contiguous(), "out must be contiguous and of the dtype of cond");
   check_map(low, cond, "low");
   check_map(high, cond, "high");
+  if (previous) check_map(*previous, cond, "previous");
   STD_TORCH_CHECK(cond_half == 0 || cond_half == 1, "cond_half is ", cond_half, ", expected 0 or 1");
-  const float* weights = row_data(row);
+  const float* weights = coefficient_data(coefficients);
   const auto source = walk<1>(cond, {cond.strides().data()});
   dispatch(cond.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
-    using A = compute_t<T>;
     T* copied = data<T>(out) + cond_half * half;
     T* rebuilt = data<T>(out) + (1 - cond_half) * half;
     const T* in = const_data<T>(cond);
-    const A *low_data = const_data<A>(low), *high_data = const_data<A>(high);
-    const A w_low = weights[ROW_LOW], w_high = weights[ROW_HIGH];
+    const auto maps = read_maps<T>(low, high, previous, weights);
     const bool streaming = out.numel() * int64_t(sizeof(T)) >= CFG_STREAM_BYTES;
     torch::stable::parallel_for(0, half, kGrain, [&](int64_t begin, int64_t end) {
       source(begin, end, [&](int64_t position, const auto& offset, int64_t count) {
         const T* from = in + offset[0];
-        reconstruct_run(
-            rebuilt + position, from, source.step()[0], low_data + position, high_data + position, w_low, w_high, count, streaming);
+        reconstruct_run(rebuilt + position, from, source.step()[0], maps.from(position), count, streaming);
         copy_run(copied + position, from, source.step()[0], count, streaming);
       });
     });
   });
 }
 
-void cfg_guide(Tensor out, Tensor cond, Tensor low, Tensor high, Tensor row, Tensor scale) {
-  check_size(out, cond.numel(), "out");
-  STD_TORCH_CHECK(out.scalar_type() == cond.scalar_type() && out.is_contiguous(), "out must be contiguous and of the dtype of cond");
-  check_map(low, cond, "low");
-  check_map(high, cond, "high");
-  STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float && scale.numel() == 1, "scale must be one float32 value");
-  const float* weights = row_data(row);
-  const auto source = walk<1>(cond, {cond.strides().data()});
-  dispatch(cond.scalar_type(), [&](auto type) {
+void prediction_blend(Tensor out, Tensor ring, Tensor newest, Tensor now, Tensor coefficients, std::optional<Tensor> fresh) {
+  check_size(out, slot_size(ring), "out");
+  STD_TORCH_CHECK(out.scalar_type() == ring.scalar_type() && out.is_contiguous(), "out must be contiguous and of the ring's dtype");
+  check_like(newest, out, "newest");
+  STD_TORCH_CHECK(newest.is_contiguous(), "newest must be contiguous");
+  check_like(now, out, "now");
+  if (fresh) check_like(*fresh, out, "fresh");
+  const float* weights = coefficient_data(coefficients);
+  const Tensor& second = fresh ? *fresh : now;
+  const auto both = walk<2>(out, {now.strides().data(), second.strides().data()});
+  dispatch(ring.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
-    using A = compute_t<T>;
+    const Taps<T> taps = read_taps<T>(ring, coefficients);
     T* to = data<T>(out);
-    const T* in = const_data<T>(cond);
-    const A *low_data = const_data<A>(low), *high_data = const_data<A>(high);
-    const A rest = A(1) - A(*const_data<float>(scale)), w_low = rest * A(weights[ROW_LOW]), w_high = rest * A(weights[ROW_HIGH]);
+    const T *newest_data = const_data<T>(newest), *now_data = const_data<T>(now), *fresh_data = const_data<T>(second);
     const bool streaming = out.numel() * int64_t(sizeof(T)) >= CFG_STREAM_BYTES;
-    torch::stable::parallel_for(0, cond.numel(), kGrain, [&](int64_t begin, int64_t end) {
-      source(begin, end, [&](int64_t position, const auto& offset, int64_t count) {
-        reconstruct_run(
-            to + position, in + offset[0], source.step()[0], low_data + position, high_data + position, w_low, w_high, count, streaming);
+    torch::stable::parallel_for(0, out.numel(), kGrain, [&](int64_t begin, int64_t end) {
+      both(begin, end, [&](int64_t position, const auto& offset, int64_t count) {
+        Terms<T> terms;
+        for (int k = 0; k < taps.count; ++k) terms.add(taps.coefficient[k], taps.slot[k] + position);
+        terms.add(weights[COEFFICIENT_NOW], now_data + offset[0], both.step()[0]);
+        terms.add(weights[COEFFICIENT_NEWEST], newest_data + position);
+        if (fresh) terms.add(weights[COEFFICIENT_FRESH], fresh_data + offset[1], both.step()[1]);
+        prediction_run(to + position, terms, count, streaming);
       });
     });
   });
@@ -332,12 +379,14 @@ void cfg_guide(Tensor out, Tensor cond, Tensor low, Tensor high, Tensor row, Ten
 
 STABLE_TORCH_LIBRARY_IMPL(fastercache, CPU, m) {
   m.impl("ring_push", TORCH_BOX(&ring_push));
+  m.impl("ring_push_residual", TORCH_BOX(&ring_push_residual));
   m.impl("ring_blend", TORCH_BOX(&ring_blend));
   m.impl("ring_blend_add", TORCH_BOX(&ring_blend_add));
   m.impl("packed_push", TORCH_BOX(&packed_push));
+  m.impl("packed_push_residual", TORCH_BOX(&packed_push_residual));
   m.impl("packed_blend", TORCH_BOX(&packed_blend));
   m.impl("packed_blend_add", TORCH_BOX(&packed_blend_add));
   m.impl("cfg_split", TORCH_BOX(&cfg_split));
   m.impl("cfg_reconstruct", TORCH_BOX(&cfg_reconstruct));
-  m.impl("cfg_guide", TORCH_BOX(&cfg_guide));
+  m.impl("prediction_blend", TORCH_BOX(&prediction_blend));
 }

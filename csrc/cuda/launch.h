@@ -10,17 +10,19 @@
 
 namespace fastercache {
 
-// ring[row[ROW_WRITE_SLOT]] = x, for elements of 2, 4 or 8 bytes. `slot_stride` and the strides of x count elements. `row` lies in device
-// memory and is read there. A slot that the ring does not have traps: the launch fails, as an index out of range does in PyTorch's kernels,
-// and nothing is written.
+// ring[coefficients[COEFFICIENT_WRITE_SLOT]] = x, for elements of 2, 4 or 8 bytes. `slot_stride` and the strides of x count elements.
+// `coefficients` lies in device memory and is read there. A slot that the ring does not have traps: the launch fails, as an index out of
+// range does in PyTorch's kernels, and nothing is written.
 cudaError_t launch_ring_push(
-    void* ring, int64_t slots, int64_t slot_stride, const void* x, const Shape& shape, int element_size, const float* row,
+    void* ring, int64_t slots, int64_t slot_stride, const void* x, const Shape& shape, int element_size, const float* coefficients,
     cudaStream_t stream);
 
-// Quantizes x, of float, bfloat16 or float16 with the channels last, into the packed rows at `ring` (packed_layout.h), which lie end to end
-// and begin at a multiple of PACKED_ALIGNMENT. `bits` is 0, 4 or 8. Byte for byte what push_packed on the CPU writes.
+// Quantizes x, of float, bfloat16 or float16 with the channels last, into the packed lines at `ring` (packed_layout.h), which lie end to end
+// and begin at a multiple of PACKED_ALIGNMENT. `bits` is 0, 4 or 8. With `entry`, of the sizes of x and strides of its own, x - entry in place
+// of x; otherwise both are null. Byte for byte what push_packed on the CPU writes.
 template <class T>
-cudaError_t launch_packed_push(uint8_t* ring, const T* x, const Shape& shape, int bits, cudaStream_t stream);
+cudaError_t launch_packed_push(
+    uint8_t* ring, const T* x, const Shape& shape, const T* entry, const int64_t* entry_strides, int bits, cudaStream_t stream);
 
 // One thread for each of `threads`, in blocks of `block`.
 template <class... Parameters, class... Arguments>

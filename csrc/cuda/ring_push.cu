@@ -1,7 +1,7 @@
 // Push: a copy whose target is named in device memory, so that one launch, and one CUDA graph, serves every step.
 #include <cstdint>
 
-#include "../row_layout.h"
+#include "../coefficient_layout.h"
 #include "launch.h"
 
 namespace fastercache {
@@ -23,14 +23,14 @@ struct Contiguous {
 template <class Unit, class Layout>
 __global__ void __launch_bounds__(THREADS) ring_push_kernel(
     Unit* ring, int64_t slots, int64_t slot_stride, const Unit* x, const __grid_constant__ Layout layout, typename Layout::Index units,
-    const float* row) {
+    const float* coefficients) {
   using Index = typename Layout::Index;
   const Index first = Index(blockIdx.x) * (THREADS * ACCESSES) + threadIdx.x;
   Unit values[ACCESSES];
 #pragma unroll
   for (int i = 0; i < ACCESSES; ++i)
     if (first + i * THREADS < units) values[i] = x[layout(first + i * THREADS)];
-  const float slot = row[ROW_WRITE_SLOT];
+  const float slot = coefficients[COEFFICIENT_WRITE_SLOT];
   if (!(slot >= 0 && slot < float(slots))) __trap();
   Unit* out = ring + int64_t(slot) * slot_stride;
 #pragma unroll
@@ -45,14 +45,14 @@ struct Push {
   const void* x;
   Strided<int64_t> layout;
   int64_t units;
-  const float* row;
+  const float* coefficients;
   cudaStream_t stream;
 
   template <class Unit, class Layout>
   cudaError_t run(const Layout& as) const {
     return launch(
         ring_push_kernel<Unit, Layout>, (units + ACCESSES - 1) / ACCESSES, THREADS, stream, static_cast<Unit*>(ring), slots, slot_stride,
-        static_cast<const Unit*>(x), as, typename Layout::Index(units), row);
+        static_cast<const Unit*>(x), as, typename Layout::Index(units), coefficients);
   }
 
   template <class Unit>
@@ -71,9 +71,9 @@ struct Push {
 }  // namespace
 
 cudaError_t launch_ring_push(
-    void* ring, int64_t slots, int64_t slot_stride, const void* x, const Shape& shape, int element_size, const float* row,
+    void* ring, int64_t slots, int64_t slot_stride, const void* x, const Shape& shape, int element_size, const float* coefficients,
     cudaStream_t stream) {
-  Push push{ring, slots, slot_stride, x, {}, 1, row, stream};
+  Push push{ring, slots, slot_stride, x, {}, 1, coefficients, stream};
   if (!collapse(shape, &push.layout)) return cudaErrorInvalidValue;
   for (int d = 0; d < shape.dims; ++d) push.units *= shape.sizes[d];
   if (push.units == 0) return cudaSuccess;

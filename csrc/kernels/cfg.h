@@ -101,13 +101,27 @@ FASTERCACHE_CPU_CLONES void difference_run(
   }
 }
 
-// rebuilt[i] = cond[i * step] + w_low low[i] + w_high high[i], rounded once; `streaming` past the caches
-template <class T>
-FASTERCACHE_CPU_CLONES void reconstruct_run(
-    T* __restrict rebuilt, const T* cond, int64_t step, const compute_t<T>* low, const compute_t<T>* high,
-    compute_t<T> w_low, compute_t<T> w_high, int64_t count, bool streaming = false) {
+// What a reconstruction adds to the conditional branch: maps and their weights. `previous` is null where it is not in use.
+template <class A>
+struct WeightedMaps {
+  const A *low, *high, *previous;
+  A w_low, w_high, w_previous;
+
+  WeightedMaps from(int64_t begin) const { return {low + begin, high + begin, previous ? previous + begin : nullptr, w_low, w_high, w_previous}; }
+
+  template <bool PREVIOUS>
+  FASTERCACHE_INLINE A added_to(A value, int64_t i) const {
+    value = value + w_low * low[i] + w_high * high[i];
+    return PREVIOUS ? value + w_previous * previous[i] : value;
+  }
+};
+
+template <bool PREVIOUS, class T>
+FASTERCACHE_INLINE void reconstruct(
+    T* __restrict rebuilt, const T* cond, int64_t step, const WeightedMaps<compute_t<T>>& in, int64_t count, bool streaming) {
+  const WeightedMaps<compute_t<T>> maps = in;  // a local copy, which no store to `rebuilt` can change
   if (step != 1) {
-    for (int64_t i = 0; i < count; ++i) store(rebuilt + i, load(cond[i * step]) + w_low * low[i] + w_high * high[i]);
+    for (int64_t i = 0; i < count; ++i) store(rebuilt + i, maps.template added_to<PREVIOUS>(load(cond[i * step]), i));
     return;
   }
   Tile<T> cond_tile, rebuilt_tile;
@@ -115,10 +129,18 @@ FASTERCACHE_CPU_CLONES void reconstruct_run(
     const auto* c = cond_tile.read(cond + at, size);
     auto* to = rebuilt_tile.target(out);
 #pragma GCC ivdep
-    for (int64_t i = 0; i < size; ++i) store(to + i, load(c[i]) + w_low * low[at + i] + w_high * high[at + i]);
+    for (int64_t i = 0; i < size; ++i) store(to + i, maps.template added_to<PREVIOUS>(load(c[i]), at + i));
     rebuilt_tile.written(out, size);
   };
   write_tiles(rebuilt, count, streaming, span);
+}
+
+// rebuilt[i] = cond[i * step] + w_low low[i] + w_high high[i] (+ w_previous previous[i]), rounded once; `streaming` past the caches
+template <class T>
+FASTERCACHE_CPU_CLONES void reconstruct_run(
+    T* rebuilt, const T* cond, int64_t step, const WeightedMaps<compute_t<T>>& maps, int64_t count, bool streaming = false) {
+  if (maps.previous) return reconstruct<true>(rebuilt, cond, step, maps, count, streaming);
+  reconstruct<false>(rebuilt, cond, step, maps, count, streaming);
 }
 
 }  // namespace fastercache

@@ -1,4 +1,4 @@
-// The packed formats on the CPU: push quantizes one row of channels in place, blend and blend-add read it back. No torch.
+// The packed formats on the CPU: push quantizes one line of channels in place, blend and blend-add read it back. No torch.
 #pragma once
 
 #include <algorithm>
@@ -41,25 +41,37 @@ FASTERCACHE_INLINE FASTERCACHE_HOST_DEVICE int32_t quantize(float value, float i
   return int32_t(float_bits(scaled + INTEGERS)) - int32_t(float_bits(INTEGERS));
 }
 
-// Reads `count` channels from `in` and replaces the row's newest output by them, and its difference by theirs to the newest before.
-template <int BITS, class T>
-FASTERCACHE_INLINE void push_packed_row(uint8_t* packed, const T* in, int64_t step, int64_t channels) {
-  const PackedRow row{channels, BITS};
+template <class T>
+FASTERCACHE_INLINE void read_block(float* values, const T* in, int64_t step, int count) {
+  if (step == 1) {
+    Tile<T> tile;
+    const auto* from = tile.read(in, count);
+    for (int i = 0; i < count; ++i) values[i] = float(load(from[i]));
+  } else {
+    for (int i = 0; i < count; ++i) values[i] = float(load(in[i * step]));
+  }
+}
+
+// Reads `channels` from `in`, less those of `entry` for a RESIDUAL, and replaces the line's newest output by them, and its difference by theirs
+// to the newest before.
+template <int BITS, bool RESIDUAL, class T>
+FASTERCACHE_INLINE void push_packed_line(
+    uint8_t* packed, const T* in, int64_t step, const T* entry, int64_t entry_step, int64_t channels) {
+  const PackedLine line{channels, BITS};
   auto* newest = reinterpret_cast<int8_t*>(packed);
-  uint8_t* difference = packed + row.difference();
-  auto* newest_scales = reinterpret_cast<float*>(packed + row.newest_scales());
-  auto* difference_scales = reinterpret_cast<float*>(packed + row.difference_scales());
+  uint8_t* difference = packed + line.difference();
+  auto* newest_scales = reinterpret_cast<float*>(packed + line.newest_scales());
+  auto* difference_scales = reinterpret_cast<float*>(packed + line.difference_scales());
   for (int64_t block = 0, begin = 0; begin < channels; ++block, begin += PACKED_BLOCK) {
     const int count = int(std::min<int64_t>(PACKED_BLOCK, channels - begin));
     alignas(64) float values[PACKED_BLOCK] = {};
     alignas(64) float changes[PACKED_BLOCK] = {};
     alignas(64) int8_t codes[PACKED_BLOCK];
-    if (step == 1) {
-      Tile<T> tile;
-      const auto* from = tile.read(in + begin, count);
-      for (int i = 0; i < count; ++i) values[i] = float(load(from[i]));
-    } else {
-      for (int i = 0; i < count; ++i) values[i] = float(load(in[(begin + i) * step]));
+    read_block(values, in + begin * step, step, count);
+    if (RESIDUAL) {
+      alignas(64) float before[PACKED_BLOCK];
+      read_block(before, entry + begin * entry_step, entry_step, count);
+      for (int i = 0; i < count; ++i) values[i] -= before[i];
     }
     if (BITS) {
       const float scale = newest_scales[block];
@@ -81,20 +93,20 @@ FASTERCACHE_INLINE void push_packed_row(uint8_t* packed, const T* in, int64_t st
   }
 }
 
-// What a blend reads from its row: with the difference D of the taps A and B, c_0 A + c_1 B = (c_0 + c_1) A - c_1 D.
+// What a blend reads from its coefficients: with the difference D of the taps A and B, c_0 A + c_1 B = (c_0 + c_1) A - c_1 D.
 struct PackedTaps {
   bool both = false;                 // whether D is read at all: after a single push it says nothing
   float newest = 0, difference = 0;  // factors of A and D
 };
 
-// Gives `write(begin, count, values)` the blend of each block of a row, in float32.
+// Gives `write(begin, count, values)` the blend of each block of a line, in float32.
 template <int BITS, class W>
-FASTERCACHE_INLINE void blend_packed_row(const uint8_t* packed, int64_t channels, PackedTaps taps, W&& write) {
-  const PackedRow row{channels, BITS};
+FASTERCACHE_INLINE void blend_packed_line(const uint8_t* packed, int64_t channels, PackedTaps taps, W&& write) {
+  const PackedLine line{channels, BITS};
   const auto* newest = reinterpret_cast<const int8_t*>(packed);
-  const uint8_t* difference = packed + row.difference();
-  const auto* newest_scales = reinterpret_cast<const float*>(packed + row.newest_scales());
-  const auto* difference_scales = reinterpret_cast<const float*>(packed + row.difference_scales());
+  const uint8_t* difference = packed + line.difference();
+  const auto* newest_scales = reinterpret_cast<const float*>(packed + line.newest_scales());
+  const auto* difference_scales = reinterpret_cast<const float*>(packed + line.difference_scales());
   for (int64_t block = 0, begin = 0; begin < channels; ++block, begin += PACKED_BLOCK) {
     const int count = int(std::min<int64_t>(PACKED_BLOCK, channels - begin));
     alignas(64) float values[PACKED_BLOCK];
@@ -119,13 +131,22 @@ FASTERCACHE_INLINE void blend_packed_row(const uint8_t* packed, int64_t channels
   }
 }
 
-template <class T>
-FASTERCACHE_CPU_CLONES void push_packed(uint8_t* packed, const T* in, int64_t step, int64_t channels, int bits) {
+template <bool RESIDUAL, class T>
+FASTERCACHE_INLINE void push_packed_bits(
+    uint8_t* packed, const T* in, int64_t step, const T* entry, int64_t entry_step, int64_t channels, int bits) {
   switch (bits) {
-    case 0: return push_packed_row<0>(packed, in, step, channels);
-    case 4: return push_packed_row<4>(packed, in, step, channels);
-    default: return push_packed_row<8>(packed, in, step, channels);
+    case 0: return push_packed_line<0, RESIDUAL>(packed, in, step, entry, entry_step, channels);
+    case 4: return push_packed_line<4, RESIDUAL>(packed, in, step, entry, entry_step, channels);
+    default: return push_packed_line<8, RESIDUAL>(packed, in, step, entry, entry_step, channels);
   }
+}
+
+// With `entry`, of in - entry.
+template <class T>
+FASTERCACHE_CPU_CLONES void push_packed(
+    uint8_t* packed, const T* in, int64_t step, int64_t channels, int bits, const T* entry = nullptr, int64_t entry_step = 0) {
+  if (entry) return push_packed_bits<true>(packed, in, step, entry, entry_step, channels, bits);
+  push_packed_bits<false>(packed, in, step, entry, entry_step, channels, bits);
 }
 
 // out[i] = blend[i]
@@ -138,9 +159,9 @@ FASTERCACHE_CPU_CLONES void blend_packed(T* out, const uint8_t* packed, int64_t 
     tile.written(out + begin, count);
   };
   switch (bits) {
-    case 0: return blend_packed_row<0>(packed, channels, taps, write);
-    case 4: return blend_packed_row<4>(packed, channels, taps, write);
-    default: return blend_packed_row<8>(packed, channels, taps, write);
+    case 0: return blend_packed_line<0>(packed, channels, taps, write);
+    case 4: return blend_packed_line<4>(packed, channels, taps, write);
+    default: return blend_packed_line<8>(packed, channels, taps, write);
   }
 }
 
@@ -163,9 +184,9 @@ FASTERCACHE_CPU_CLONES void blend_add_packed(
     }
   };
   switch (bits) {
-    case 0: return blend_packed_row<0>(packed, channels, taps, write);
-    case 4: return blend_packed_row<4>(packed, channels, taps, write);
-    default: return blend_packed_row<8>(packed, channels, taps, write);
+    case 0: return blend_packed_line<0>(packed, channels, taps, write);
+    case 4: return blend_packed_line<4>(packed, channels, taps, write);
+    default: return blend_packed_line<8>(packed, channels, taps, write);
   }
 }
 

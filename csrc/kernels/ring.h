@@ -8,7 +8,7 @@
 #include "dtypes.h"
 #include "stream.h"
 #include "tiles.h"
-#include "../row_layout.h"
+#include "../coefficient_layout.h"
 
 namespace fastercache {
 
@@ -28,7 +28,7 @@ void copy_run(T* out, const T* in, int64_t step, int64_t count, bool streaming =
   for (int64_t i = 0; i < count; ++i) out[i] = in[i * step];
 }
 
-// What a blend reads from its row: only the taps in use, so an unused slot is never touched.
+// What a blend reads from its coefficients: only the taps in use, so an unused slot is never touched.
 template <class T>
 struct Taps {
   int count = 0;
@@ -118,6 +118,13 @@ FASTERCACHE_CPU_CLONES void blend_run(T* out, const Taps<T>& taps, int64_t begin
     case 3: return blend_taps<3>(out, taps, begin, count, streaming);
     default: return blend_taps<4>(out, taps, begin, count, streaming);
   }
+}
+
+// out[i] = x[i * x_step] - entry[i * entry_step], rounded once; `streaming` as above
+template <class T>
+void residual_run(T* out, const T* x, int64_t x_step, const T* entry, int64_t entry_step, int64_t count, bool streaming = false) {
+  if (x_step == 1 && entry_step == 1) return blend_run(out, Taps<T>{2, {x, entry}, {1, -1}}, 0, count, streaming);
+  for (int64_t i = 0; i < count; ++i) store(out + i, load(x[i * x_step]) - load(entry[i * entry_step]));
 }
 
 template <int K, class T, class G>

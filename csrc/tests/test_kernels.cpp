@@ -18,6 +18,7 @@
 
 #include "../kernels/cfg.h"
 #include "../kernels/packed.h"
+#include "../kernels/prediction.h"
 #include "../kernels/ring.h"
 #include "../kernels/strided.h"
 
@@ -196,6 +197,19 @@ void test_copy(Random& random) {
 }
 
 template <class T>
+void test_residual(Random& random) {
+  const int64_t count = random.integer(1, 700), x_step = random.integer(0, 2), entry_step = random.integer(0, 2), offset = random.integer(0, 15);
+  const auto x = normals<T>(random, (count - 1) * x_step + 1), entry = normals<T>(random, (count - 1) * entry_step + 1);
+  std::vector<T> out(size_t(offset + count), narrowed<T>(NAN));
+  residual_run(out.data() + offset, x.data(), x_step, entry.data(), entry_step, count, random.chance());
+  for (int64_t i = 0; i < offset; ++i) CHECK(std::isnan(double(load(out[size_t(i)]))), "element %ld lies before the output", long(i));
+  for (int64_t i = 0; i < count; ++i) {
+    const double expected = double(load(narrowed<T>(load(x[size_t(i * x_step)]) - load(entry[size_t(i * entry_step)]))));
+    CHECK(double(load(out[size_t(offset + i)])) == expected, "element %ld", long(i));
+  }
+}
+
+template <class T>
 struct RandomTaps {
   int64_t begin, count;
   std::vector<std::vector<T>> slots;
@@ -256,10 +270,53 @@ void test_blend_add(Random& random) {
   }
 }
 
+// ---- predictions --------------------------------------------------------------------------------------------------------------------
+
+template <class T>
+void test_prediction(Random& random) {
+  const int64_t count = random.integer(1, 1200), offset = random.integer(0, 15);
+  std::vector<T> out = normals<T>(random, offset + count);  // maybe a term itself
+  const std::vector<T> before = out;
+  std::vector<std::vector<T>> values;
+  std::vector<double> factors;
+  std::vector<int64_t> steps;
+  Terms<T> terms;
+  const auto add = [&](const T* from, int64_t step, double factor) { terms.add(compute_t<T>(factor), from, step); };
+  const int given = int(random.integer(0, Terms<T>::MOST - 1));
+  for (int k = 0; k < given; ++k) {
+    const double factor = random.integer(0, 3) ? random.normal() : 0;
+    const int64_t step = random.chance() ? 1 : random.integer(0, 3);
+    values.push_back(normals<T>(random, (count - 1) * step + 1));
+    factors.push_back(factor);
+    steps.push_back(step);
+    if (factor == 0) values.back().clear();  // of a term that is not in use there is no memory at all
+    values.back().shrink_to_fit();
+    add(values.back().data(), step, factor);
+  }
+  if (random.chance()) {
+    values.push_back({before.begin() + offset, before.end()});
+    factors.push_back(0.5);
+    steps.push_back(1);
+    add(out.data() + offset, 1, 0.5);
+  }
+  prediction_run(out.data() + offset, terms, count, random.chance());
+  for (int64_t i = 0; i < offset; ++i) CHECK(double(load(out[size_t(i)])) == double(load(before[size_t(i)])), "element %ld", long(i));
+  for (int64_t i = 0; i < count; ++i) {
+    double exact = 0, magnitude = 0;
+    for (size_t k = 0; k < values.size(); ++k) {
+      if (factors[k] == 0) continue;
+      const double term = double(compute_t<T>(factors[k])) * double(load(values[k][size_t(i * steps[k])]));
+      exact += term;
+      magnitude += std::fabs(term);
+    }
+    check_close<T>(double(load(out[size_t(offset + i)])), exact, magnitude, __LINE__);
+  }
+}
+
 // ---- packed rings -------------------------------------------------------------------------------------------------------------------
 
-// A row read by the words of packed_layout.h: every offset is worked out here again.
-struct ReadRow {
+// A line read by the words of packed_layout.h: every offset is worked out here again.
+struct ReadLine {
   int64_t channels;
   int bits;
   std::vector<uint8_t> bytes;
@@ -285,7 +342,7 @@ struct ReadRow {
     return half < 8 ? half : half - 16;
   }
 
-  ReadRow(Random& random, int bits_) : channels(random_channels(random)), bits(bits_), bytes(size_t(size())) {
+  ReadLine(Random& random, int bits_) : channels(random_channels(random)), bits(bits_), bytes(size_t(size())) {
     for (auto& byte : bytes) byte = uint8_t(random.bits());
   }
 
@@ -312,66 +369,70 @@ void check_codes(int64_t begin, int64_t end, int largest_code, float scale, Valu
 
 template <class T, int BITS>
 void test_packed_push(Random& random) {
-  ReadRow row(random, BITS);
-  CHECK(row.size() == (PackedRow{row.channels, BITS}.bytes()), "%ld bytes of %ld channels", long(row.size()), long(row.channels));
-  const int64_t step = random.integer(1, 3);
+  ReadLine line(random, BITS);
+  CHECK(line.size() == (PackedLine{line.channels, BITS}.bytes()), "%ld bytes of %ld channels", long(line.size()), long(line.channels));
+  const int64_t step = random.integer(1, 3), entry_step = random.integer(0, 3);
+  const bool residual = random.chance();
   for (int push = 0; push < 3; ++push) {
     const double size = random.integer(0, 4) ? 1 : std::ldexp(1, int(random.integer(-140, 10)));
-    std::vector<T> x(size_t((row.channels - 1) * step + 1), narrowed<T>(NAN));
-    for (int64_t c = 0; c < row.channels; ++c) x[size_t(c * step)] = narrowed<T>(size * random.normal());
-    const ReadRow before = row;
-    push_packed(row.bytes.data(), x.data(), step, row.channels, BITS);
+    std::vector<T> x(size_t((line.channels - 1) * step + 1), narrowed<T>(NAN));
+    for (int64_t c = 0; c < line.channels; ++c) x[size_t(c * step)] = narrowed<T>(size * random.normal());
+    const auto entry = normals<T>(random, (line.channels - 1) * entry_step + 1);
+    const ReadLine before = line;
+    push_packed(line.bytes.data(), x.data(), step, line.channels, BITS, residual ? entry.data() : nullptr, entry_step);
 
-    const auto value = [&](int64_t c) { return float(load(x[size_t(c * step)])); };
+    const auto value = [&](int64_t c) {
+      return float(load(x[size_t(c * step)])) - (residual ? float(load(entry[size_t(c * entry_step)])) : 0.0f);
+    };
     // The first push meets bytes that were never written: only from the second on is a difference defined.
     const auto change = [&](int64_t c) { return value(c) - before.newest_scale(c) * float(before.newest_code(c)); };
-    for (int64_t begin = 0; begin < row.channels; begin += 128) {
-      const int64_t end = std::min(begin + 128, row.channels);
-      check_codes(begin, end, 127, row.newest_scale(begin), value, [&](int64_t c) { return row.newest_code(c); }, __LINE__);
+    for (int64_t begin = 0; begin < line.channels; begin += 128) {
+      const int64_t end = std::min(begin + 128, line.channels);
+      check_codes(begin, end, 127, line.newest_scale(begin), value, [&](int64_t c) { return line.newest_code(c); }, __LINE__);
       if (BITS && push)
         check_codes(
-            begin, end, BITS == 4 ? 7 : 127, row.difference_scale(begin), change, [&](int64_t c) { return row.difference_code(c); },
+            begin, end, BITS == 4 ? 7 : 127, line.difference_scale(begin), change, [&](int64_t c) { return line.difference_code(c); },
             __LINE__);
     }
-    if (BITS == 4 && row.channels % 2) CHECK(row.bytes[size_t(row.aligned(row.channels) + row.codes() - 1)] >> 4 == 0, "odd half");
-    for (int64_t i = 0; i < row.size(); ++i)
-      CHECK(row.in_use(i) || row.bytes[size_t(i)] == before.bytes[size_t(i)], "byte %ld lies between the parts", long(i));
+    if (BITS == 4 && line.channels % 2) CHECK(line.bytes[size_t(line.aligned(line.channels) + line.codes() - 1)] >> 4 == 0, "odd half");
+    for (int64_t i = 0; i < line.size(); ++i)
+      CHECK(line.in_use(i) || line.bytes[size_t(i)] == before.bytes[size_t(i)], "byte %ld lies between the parts", long(i));
   }
 }
 
 // A value that is not finite spoils its block of 128, and no other.
 template <class T, int BITS>
 void test_packed_poison(Random& random) {
-  ReadRow row(random, BITS);
-  const std::vector<T> good = normals<T>(random, row.channels);
-  push_packed(row.bytes.data(), good.data(), 1, row.channels, BITS);
+  ReadLine line(random, BITS);
+  const std::vector<T> good = normals<T>(random, line.channels);
+  push_packed(line.bytes.data(), good.data(), 1, line.channels, BITS);
   std::vector<T> bad = good;
-  const int64_t poisoned = random.integer(0, row.channels - 1);
+  const int64_t poisoned = random.integer(0, line.channels - 1);
   bad[size_t(poisoned)] = narrowed<T>(random.chance() ? NAN : random.chance() ? INFINITY : -INFINITY);
-  push_packed(row.bytes.data(), bad.data(), 1, row.channels, BITS);
-  std::vector<float> out(size_t(row.channels), 0.0f);
-  blend_packed(out.data(), row.bytes.data(), row.channels, BITS, PackedTaps{true, 1.5f, 0.5f});
-  for (int64_t c = 0; c < row.channels; ++c)
+  push_packed(line.bytes.data(), bad.data(), 1, line.channels, BITS);
+  std::vector<float> out(size_t(line.channels), 0.0f);
+  blend_packed(out.data(), line.bytes.data(), line.channels, BITS, PackedTaps{true, 1.5f, 0.5f});
+  for (int64_t c = 0; c < line.channels; ++c)
     CHECK(std::isnan(out[size_t(c)]) == (c / 128 == poisoned / 128), "channel %ld is %g, poisoned %ld", long(c), out[size_t(c)], long(poisoned));
 }
 
 struct RandomPacked {
-  ReadRow row;
+  ReadLine line;
   PackedTaps taps;
 
-  RandomPacked(Random& random, int bits) : row(random, bits) {
-    for (int64_t number = 0; number < (bits ? 2 : 1) * row.blocks(); ++number)
-      row.set_scale(number, random.integer(0, 5) ? float(std::fabs(random.normal())) : 0.0f);
+  RandomPacked(Random& random, int bits) : line(random, bits) {
+    for (int64_t number = 0; number < (bits ? 2 : 1) * line.blocks(); ++number)
+      line.set_scale(number, random.integer(0, 5) ? float(std::fabs(random.normal())) : 0.0f);
     taps = {random.chance(), float(random.normal()), float(random.normal())};
     if (bits && !taps.both)  // before the second push a difference is anything, and must not be looked at
-      for (int64_t number = row.blocks(); number < 2 * row.blocks(); ++number) row.set_scale(number, NAN);
+      for (int64_t number = line.blocks(); number < 2 * line.blocks(); ++number) line.set_scale(number, NAN);
   }
 
   double exact(int64_t c, double* magnitude) const {
-    double sum = double(taps.newest) * double(row.newest_scale(c)) * row.newest_code(c);
+    double sum = double(taps.newest) * double(line.newest_scale(c)) * line.newest_code(c);
     *magnitude = std::fabs(sum);
-    if (row.bits && taps.both) {
-      const double term = double(taps.difference) * double(row.difference_scale(c)) * row.difference_code(c);
+    if (line.bits && taps.both) {
+      const double term = double(taps.difference) * double(line.difference_scale(c)) * line.difference_code(c);
       sum += term;
       *magnitude += std::fabs(term);
     }
@@ -382,9 +443,9 @@ struct RandomPacked {
 template <class T, int BITS>
 void test_packed_blend(Random& random) {
   const RandomPacked in(random, BITS);
-  std::vector<T> out(size_t(in.row.channels), narrowed<T>(NAN));
-  blend_packed(out.data(), in.row.bytes.data(), in.row.channels, BITS, in.taps);
-  for (int64_t c = 0; c < in.row.channels; ++c) {
+  std::vector<T> out(size_t(in.line.channels), narrowed<T>(NAN));
+  blend_packed(out.data(), in.line.bytes.data(), in.line.channels, BITS, in.taps);
+  for (int64_t c = 0; c < in.line.channels; ++c) {
     double magnitude;
     const double exact = in.exact(c, &magnitude);
     check_close<T>(double(load(out[size_t(c)])), exact, magnitude, __LINE__);
@@ -395,11 +456,11 @@ template <class T, class G, int BITS>
 void test_packed_blend_add(Random& random) {
   const RandomPacked in(random, BITS);
   const int64_t gate_step = random.integer(0, 2);
-  const auto before = normals<T>(random, in.row.channels);
-  const auto gate = normals<G>(random, (in.row.channels - 1) * gate_step + 1);
+  const auto before = normals<T>(random, in.line.channels);
+  const auto gate = normals<G>(random, (in.line.channels - 1) * gate_step + 1);
   auto x = before;
-  blend_add_packed(x.data(), gate.data(), gate_step, in.row.bytes.data(), in.row.channels, BITS, in.taps);
-  for (int64_t c = 0; c < in.row.channels; ++c) {
+  blend_add_packed(x.data(), gate.data(), gate_step, in.line.bytes.data(), in.line.channels, BITS, in.taps);
+  for (int64_t c = 0; c < in.line.channels; ++c) {
     double magnitude;
     const double exact = in.exact(c, &magnitude), old = double(load(before[size_t(c)])), factor = double(load(gate[size_t(c * gate_step)]));
     check_close<T>(double(load(x[size_t(c)])), old + factor * exact, std::fabs(old) + std::fabs(factor) * magnitude, __LINE__);
@@ -467,15 +528,19 @@ void test_reconstruct(Random& random) {
   using A = compute_t<T>;
   const int64_t count = random.integer(1, 700), step = random.integer(0, 3);
   const auto cond = normals<T>(random, (count - 1) * step + 1);
-  const auto low = normals<A>(random, count), high = normals<A>(random, count);
-  const A w_low = A(random.normal()), w_high = A(random.normal());
+  const auto low = normals<A>(random, count), high = normals<A>(random, count), previous = normals<A>(random, count);
+  const A w_low = A(random.normal()), w_high = A(random.normal()), w_previous = A(random.normal());
+  const bool three = random.chance();
+  const WeightedMaps<A> maps{low.data(), high.data(), three ? previous.data() : nullptr, w_low, w_high, w_previous};
   std::vector<T> out(size_t(count), narrowed<T>(NAN));
-  reconstruct_run(out.data(), cond.data(), step, low.data(), high.data(), w_low, w_high, count, random.chance());
+  reconstruct_run(out.data(), cond.data(), step, maps, count, random.chance());
   for (int64_t i = 0; i < count; ++i) {
-    const double terms[] = {double(load(cond[size_t(i * step)])), double(w_low) * double(low[size_t(i)]), double(w_high) * double(high[size_t(i)])};
-    check_close<T>(
-        double(load(out[size_t(i)])), terms[0] + terms[1] + terms[2], std::fabs(terms[0]) + std::fabs(terms[1]) + std::fabs(terms[2]),
-        __LINE__);
+    const double terms[] = {
+        double(load(cond[size_t(i * step)])), double(w_low) * double(low[size_t(i)]), double(w_high) * double(high[size_t(i)]),
+        three ? double(w_previous) * double(previous[size_t(i)]) : 0};
+    double exact = 0, magnitude = 0;
+    for (double term : terms) exact += term, magnitude += std::fabs(term);
+    check_close<T>(double(load(out[size_t(i)])), exact, magnitude, __LINE__);
   }
 }
 
@@ -497,6 +562,14 @@ constexpr Case CASES[] = {
     {"copy 2 bytes", test_copy<uint16_t>, 100},
     {"copy 4 bytes", test_copy<uint32_t>, 100},
     {"copy 8 bytes", test_copy<uint64_t>, 100},
+    {"residual float", test_residual<float>, 50},
+    {"residual double", test_residual<double>, 50},
+    {"residual bfloat16", test_residual<bfloat16>, 50},
+    {"residual float16", test_residual<float16>, 50},
+    {"prediction float", test_prediction<float>, 100},
+    {"prediction double", test_prediction<double>, 100},
+    {"prediction bfloat16", test_prediction<bfloat16>, 100},
+    {"prediction float16", test_prediction<float16>, 100},
     {"blend float", test_blend<float>, 100},
     {"blend double", test_blend<double>, 100},
     {"blend bfloat16", test_blend<bfloat16>, 100},

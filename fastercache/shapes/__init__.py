@@ -1,31 +1,74 @@
-"""The embedded text-to-video pipeline "shapes": its world, its detector, its training script and its weights."""
+"""The embedded text-to-video pipelines, "shapes" and "wan": their worlds, their detector, their training script and
+their weights."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from fastercache.shapes.world import FRAMES, SIZE
-
-if TYPE_CHECKING:
-    from diffusers import LattePipeline
-
-PIPELINE = Path(__file__).parent / "pipeline"
-"""The diffusers directory of the pipeline."""
-CALL: dict[str, Any] = dict(height=SIZE, width=SIZE, video_length=FRAMES, clean_caption=False)
-"""Arguments of every call of the pipeline: `pipe(prompt, **CALL, guidance_scale=GUIDANCE_SCALE, num_inference_steps=STEPS)`."""
-GUIDANCE_SCALE = 4.0
-STEPS = 50
+from fastercache.shapes.world import PLAIN, TEXTURED, World
 
 
-def load(dtype: torch.dtype = torch.float32) -> LattePipeline:
-    """The embedded pipeline on the CPU, loaded without a sound. Needs the packages of `fastercache[demo]`."""
-    return load_pipeline(PIPELINE, dtype)
+@dataclass(frozen=True, eq=False)
+class Embedded:
+    """An embedded pipeline.
+
+    path: its diffusers directory. call: arguments of every call, `pipe(prompt, **call, guidance_scale=...,
+        num_inference_steps=steps)`.
+    """
+
+    path: Path
+    world: World
+    call: Mapping[str, Any]
+    guidance_scale: float
+    steps: int = 50
+
+
+PIPELINES = {
+    "shapes": Embedded(
+        Path(__file__).parent / "pipeline",
+        PLAIN,
+        dict(height=PLAIN.size, width=PLAIN.size, video_length=PLAIN.frames, clean_caption=False),
+        guidance_scale=4.0,
+    ),
+    "wan": Embedded(
+        Path(__file__).parent / "wan",
+        TEXTURED,
+        dict(height=TEXTURED.size, width=TEXTURED.size, num_frames=TEXTURED.frames, max_sequence_length=8),
+        guidance_scale=4.0,
+    ),
+}
+"""The embedded pipelines by name: a Latte with DDIM, and a Wan with UniPC."""
+PIPELINE, CALL, GUIDANCE_SCALE, STEPS = (
+    PIPELINES["shapes"].path,
+    dict(PIPELINES["shapes"].call),
+    PIPELINES["shapes"].guidance_scale,
+    PIPELINES["shapes"].steps,
+)
+"""The same of "shapes"."""
+
+
+def load(name: str = "shapes", dtype: torch.dtype = torch.float32) -> Any:
+    """An embedded pipeline on the CPU, loaded without a sound: "shapes" (a `LattePipeline`) or "wan" (a `WanPipeline`).
+
+    Needs the packages of `fastercache[demo]`.
+    """
+    if name not in PIPELINES:
+        raise ValueError(
+            f"no embedded pipeline is called {name!r}; there are {', '.join(PIPELINES)}, and a dtype is given as dtype="
+        )
+    pipe = load_pipeline(PIPELINES[name].path, dtype)
+    if name == "shapes":
+        from fastercache.shapes.text_to_video import ShapesPipeline
+
+        pipe.__class__ = ShapesPipeline  # whose defaults are what it was trained for
+    return pipe
 
 
 def load_pipeline(source: str | Path, dtype: torch.dtype, *, download: bool = False) -> Any:
@@ -49,7 +92,9 @@ def _quiet(bars: bool) -> Iterator[None]:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    before = [(log, log.get_verbosity(), log.is_progress_bar_enabled()) for log in (diffusers_logging, transformers_logging)]
+    before = [
+        (log, log.get_verbosity(), log.is_progress_bar_enabled()) for log in (diffusers_logging, transformers_logging)
+    ]
     try:
         for log, _, shown in before:
             log.set_verbosity_error()

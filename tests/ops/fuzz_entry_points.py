@@ -1,9 +1,11 @@
-"""Calls the C++ ops as the dispatcher does, with random and mostly wrong tensors: each call may raise, none may touch foreign memory.
+"""Calls the C++ ops as the dispatcher does, with random and mostly wrong tensors: each call may raise, none may touch
+foreign memory.
 
     python fuzz_entry_points.py --seconds 8 --seed 0 --log FILE
 
-Most tensors end where a page without access begins, so the first element read or written past one ends the process; the log then holds the
-call, and `--seconds 0 --seed N` repeats it. Prints, as JSON, how often each op accepted and refused its arguments.
+Most tensors end where a page without access begins, so the first element read or written past one ends the process; the
+log then holds the call, and `--seconds 0 --seed N` repeats it. Prints, as JSON, how often each op accepted and refused
+its arguments.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from fastercache import ops
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OTHER_DTYPES = (*DTYPES, torch.uint8, torch.int8, torch.int64, torch.bool, torch.complex64)
 NUMBERS = (-1, 0, 1, 2, 3, 4, 8, 127, 2**31, 2**32 + 1, 2**62, 2**63 - 1, -(2**63))
-ROW_VALUES = (0.0, 1.0, 2.0, 3.0, 4.0, 0.5, -1.0, 5.0, 1e9, 1e30, math.inf, -math.inf, math.nan)
+COEFFICIENT_VALUES = (0.0, 1.0, 2.0, 3.0, 4.0, 0.5, -1.0, 5.0, 1e9, 1e30, math.inf, -math.inf, math.nan)
 PAGE = mmap.PAGESIZE
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -82,7 +84,9 @@ class Fuzz:
         for d in reversed(order):
             strides[d] = extent * steps[d]
             extent = max(extent, strides[d] * max(shape[d], 1))
-        elements = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if all(shape) else 0
+        elements = (
+            1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if all(shape) else 0
+        )
         offset = self.random.choice((0, 0, 1, 3))
         size = (elements + offset) * dtype.itemsize
         # malloc's memory lets AddressSanitizer see accesses before a tensor too, which the page behind it cannot.
@@ -91,15 +95,31 @@ class Fuzz:
             memory.random_(0, 256)
         return memory.view(dtype).as_strided(shape, strides, offset if elements else 0)
 
-    def row(self) -> torch.Tensor:
-        row = self.tensor([ops.ROW_SIZE], torch.float32)
-        if row.dtype == torch.float32 and row.dim() == 1 and row.shape[0] == ops.ROW_SIZE and row.stride(0) == 1:
+    def coefficients(self) -> torch.Tensor:
+        coefficients = self.tensor([ops.COEFFICIENT_COUNT], torch.float32)
+        if (
+            coefficients.dtype == torch.float32
+            and coefficients.dim() == 1
+            and coefficients.shape[0] == ops.COEFFICIENT_COUNT
+            and coefficients.stride(0) == 1
+        ):
             taps = self.random.randint(0, 2)
-            values = [1.5, -0.5, 0.0, 0.0, *(float(self.random.randrange(2)) for _ in range(5)), 1.2, 1.0, float(taps), 0.0, 0.0, 0.0, 0.0]
+            last = [self.random.choice((0.0, 0.5)) for _ in range(4)]
+            values = [
+                1.5,
+                -0.5,
+                0.0,
+                0.0,
+                *(float(self.random.randrange(2)) for _ in range(5)),
+                1.2,
+                1.0,
+                float(taps),
+                *last,
+            ]
             while self.rarely(0.2):
-                values[self.random.randrange(ops.ROW_SIZE)] = self.random.choice(ROW_VALUES)
-            row.copy_(torch.tensor(values))
-        return row
+                values[self.random.randrange(ops.COEFFICIENT_COUNT)] = self.random.choice(COEFFICIENT_VALUES)
+            coefficients.copy_(torch.tensor(values))
+        return coefficients
 
     def number(self, valid: int) -> int:
         return self.random.choice(NUMBERS) if self.rarely(0.15) else valid
@@ -113,11 +133,15 @@ class Fuzz:
         """Arguments of one call, in the order of the op's schema."""
         name = op._opname
         shape, dtype, bits = self.shape(), self.random.choice(DTYPES), self.random.choice((0, 4, 8))
-        ring, slot_dtype, strided, out = [2, *shape], dtype, name == "ring_push", shape
+        ring, slot_dtype, strided, out = [2, *shape], dtype, name.startswith("ring_push"), shape
         if name.startswith("packed"):
             shape[-1] = self.random.choice((1, 7, 128, 129, 300))
             dtype = dtype if dtype != torch.float64 or self.rarely() else torch.float32
-            ring, slot_dtype, strided = [*shape[:-1], ops.PackedRow(shape[-1], bits).bytes], torch.uint8, name == "packed_push"
+            ring, slot_dtype, strided = (
+                [*shape[:-1], ops.PackedLine(shape[-1], bits).bytes],
+                torch.uint8,
+                name.startswith("packed_push"),
+            )
         if name == "cfg_split":
             shape += [self.random.randint(1, 9), self.random.randint(1, 9)]
         if name == "cfg_reconstruct":
@@ -127,8 +151,13 @@ class Fuzz:
         makers: dict[str, Callable[[], Any]] = {
             "ring": lambda: self.tensor(ring, slot_dtype),
             "x": lambda: self.tensor(shape, dtype, strided),
+            "entry": lambda: self.tensor(shape, dtype, strided=True),
+            "newest": lambda: self.tensor(shape, dtype),
+            "now": lambda: self.tensor(shape, dtype, strided=True),
+            "fresh": lambda: self.tensor(shape, dtype, strided=True) if self.random.random() < 0.5 else None,
+            "previous": lambda: self.tensor(shape, maps) if self.random.random() < 0.5 else None,
             "gate": lambda: self.tensor(gate, self.random.choice((dtype, torch.float32)), strided=True),
-            "row": self.row,
+            "coefficients": self.coefficients,
             "out": lambda: self.tensor(out, dtype),
             "bits": lambda: self.number(bits),
             "cond": lambda: self.tensor(shape, dtype, strided=True),
@@ -146,7 +175,7 @@ def described(value: Any) -> str:
     if not isinstance(value, torch.Tensor):
         return str(value)
     text = f"{value.dtype} {list(value.shape)} strides {list(value.stride())} offset {value.storage_offset()}"
-    return text + f" {value.tolist()}" if value.shape == (ops.ROW_SIZE,) else text
+    return text + f" {value.tolist()}" if value.shape == (ops.COEFFICIENT_COUNT,) else text
 
 
 def main() -> None:
@@ -166,7 +195,8 @@ def main() -> None:
             arguments = Fuzz(seed).arguments(op)
             if log is not None:
                 call = f"{name}, seed {seed}:\n" + "\n".join(
-                    f"  {argument.name}: {described(value)}" for argument, value in zip(op._schema.arguments, arguments, strict=True)
+                    f"  {argument.name}: {described(value)}"
+                    for argument, value in zip(op._schema.arguments, arguments, strict=True)
                 )
                 os.pwrite(log, call.encode().ljust(8192), 0)
             try:

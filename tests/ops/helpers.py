@@ -1,48 +1,53 @@
-"""The implementations under test, and what their tests share: rows, tensors of awkward layout, tolerances."""
+"""The implementations under test, and what their tests share: coefficients, tensors of awkward layout, tolerances."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from fastercache import ops
-from fastercache.triton_kernels import _triton, cfg_reconstruct, cfg_split, packed, ring_blend, ring_push
+from fastercache.ops.registry import OPS as REGISTRY
+from fastercache.triton_kernels import _triton, ring_push
 
-OPS = tuple(ops.implementations())
-MODULES = (ring_push, ring_blend, packed, cfg_split, cfg_reconstruct)
+OPS = tuple(REGISTRY)
 
 
-def _functions(prefix: str) -> SimpleNamespace:
-    """The functions behind the ops, with the signatures of `fastercache.ops`: those take `out` last, and make it where it is not given."""
-    found = {name: getattr(module, prefix + name) for name in OPS for module in MODULES if hasattr(module, prefix + name)}
+def _functions(kind: str) -> SimpleNamespace:
+    """The references of the ops or their Triton launchers, with the signatures of `fastercache.ops`."""
+    return SimpleNamespace(
+        **{name: _public(name, getattr(op, kind)) for name, op in REGISTRY.items() if getattr(op, kind)}
+    )
 
-    def ring_blend(ring, row):
-        out = torch.empty(ring.shape[1:], dtype=ring.dtype)
-        found["ring_blend"](out, ring, row)
-        return out
 
-    def packed_blend(ring, row, out, bits):
-        found["packed_blend"](out, ring, row, bits)
-        return out
+def _public(name: str, function: Callable[..., None]) -> Callable[..., Any]:
+    """`function`, which takes its arguments in the order of the schema, called as the public function is."""
+    signature = inspect.signature(getattr(ops, name))
+    order = [argument.name for argument in getattr(torch.ops.fastercache, name).default._schema.arguments]
 
-    def cfg_guide(cond, low, high, row, scale):
-        out = torch.empty(cond.shape, dtype=cond.dtype)
-        found["cfg_guide"](out, cond, low, high, row, scale)
-        return out
+    def call(*args: Any, **keywords: Any) -> Any:
+        given = signature.bind(*args, **keywords).arguments
+        if "out" in order and given.get("out") is None:
+            given["out"] = given["ring"].new_empty(given["ring"].shape[1:])
+        function(*(given.get(argument) for argument in order))
+        return given.get("out")
 
-    return SimpleNamespace(**(found | {"ring_blend": ring_blend, "packed_blend": packed_blend, "cfg_guide": cfg_guide}))
+    return call
 
 
 # "dispatched" is what users call: the C++ library where it is built.
-IMPLEMENTATIONS = {"reference": _functions("reference_"), f"dispatched-{ops.implementations()['ring_push']['cpu']}": ops}
+IMPLEMENTATIONS = {"reference": _functions("reference"), f"dispatched-{ops.implementations()['ring_push']['cpu']}": ops}
 if type(ring_push.ring_push_kernel).__name__ == "InterpretedFunction":
-    IMPLEMENTATIONS["triton"] = _functions("triton_")
+    IMPLEMENTATIONS["triton"] = _functions("triton")
 else:  # compiled kernels want tensors on a GPU, which test_gpu.py gives them
-    message = "Set TRITON_INTERPRET=1 before anything imports fastercache (for instance at the top of tests/conftest.py)"
+    message = (
+        "Set TRITON_INTERPRET=1 before anything imports fastercache (for instance at the top of tests/conftest.py)"
+    )
     assert _triton.MISSING or torch.cuda.is_available(), message
 
 few = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
@@ -61,7 +66,9 @@ def randn(shape: Sequence[int], dtype: torch.dtype, rng: torch.Generator, layout
     """A random tensor in one of LAYOUTS."""
     shape = list(shape)
     if layout == "permuted":
-        return torch.randn(shape[::-1], generator=rng, dtype=torch.float64).to(dtype).permute(*reversed(range(len(shape))))
+        return (
+            torch.randn(shape[::-1], generator=rng, dtype=torch.float64).to(dtype).permute(*reversed(range(len(shape))))
+        )
     if layout == "sliced":
         return torch.randn([*shape[:-1], 2 * shape[-1]], generator=rng, dtype=torch.float64).to(dtype)[..., ::2]
     if layout == "half":
@@ -82,27 +89,49 @@ def nan(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
 
 
 def nan_ring(slots: int, shape: Sequence[int], dtype: torch.dtype, narrow: bool) -> torch.Tensor:
-    """A ring of NaN; with `narrow` one branch's rows of a ring for two branches, so that its slots lie twice as far apart."""
+    """A ring of NaN; with `narrow` one branch's rows of a ring for two branches, so that its slots lie twice as far
+    apart."""
     if narrow:
         return nan([slots, 2 * shape[0], *shape[1:]], dtype)[:, shape[0] :]
     return nan([slots, *shape], dtype)
 
 
-def make_row(
-    coefficients: Sequence[float] = (), slots: Sequence[int] = (), push: int = 0, low: float = 0.0, high: float = 0.0
+def make_coefficients(
+    taps: Sequence[float] = (),
+    slots: Sequence[int] = (),
+    push: int = 0,
+    low: float = 0.0,
+    high: float = 0.0,
+    now: float = torch.nan,
+    newest: float = torch.nan,
+    previous: float = torch.nan,
+    fresh: float = torch.nan,
 ) -> torch.Tensor:
-    """A row, as a view into a table of three: the others, and the coefficients of unused taps, are NaN."""
-    table = nan([3, ops.ROW_SIZE], torch.float32)
-    row = table[1]
+    """A vector of coefficients, as a view into a table of three: the others, those of unused taps and those not given
+    are NaN."""
+    table = nan([3, ops.COEFFICIENT_COUNT], torch.float32)
+    coefficients = table[1]
     for k in range(ops.MAX_TAPS):
-        row[ops.Row.COEFFICIENT + k] = coefficients[k] if k < len(coefficients) else torch.nan
-        row[ops.Row.READ_SLOT + k] = slots[k] if k < len(slots) else 0
-    row[ops.Row.WRITE_SLOT], row[ops.Row.LOW], row[ops.Row.HIGH], row[ops.Row.TAPS] = push, low, high, len(coefficients)
-    return row
+        coefficients[ops.Coefficient.OF_TAP + k] = taps[k] if k < len(taps) else torch.nan
+        coefficients[ops.Coefficient.READ_SLOT + k] = slots[k] if k < len(slots) else 0
+    (
+        coefficients[ops.Coefficient.WRITE_SLOT],
+        coefficients[ops.Coefficient.LOW],
+        coefficients[ops.Coefficient.HIGH],
+        coefficients[ops.Coefficient.TAPS],
+    ) = push, low, high, len(taps)
+    (
+        coefficients[ops.Coefficient.NOW],
+        coefficients[ops.Coefficient.NEWEST],
+        coefficients[ops.Coefficient.PREVIOUS],
+        coefficients[ops.Coefficient.FRESH],
+    ) = now, newest, previous, fresh
+    return coefficients
 
 
 def assert_close(actual: torch.Tensor, exact: torch.Tensor, magnitude: torch.Tensor, operations: int = 8) -> None:
-    """`actual` is `exact` (float64) but for one rounding to its dtype, and those of `operations` operations in the compute type.
+    """`actual` is `exact` (float64) but for one rounding to its dtype, and those of `operations` operations in the
+    compute type.
 
     `magnitude` bounds the intermediate results of each element: the sum of the absolute values of its terms.
     """

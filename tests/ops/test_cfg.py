@@ -8,7 +8,19 @@ from hypothesis import strategies as st
 from fastercache.ops import map_dtype
 from fastercache.triton_kernels.cfg_split import fft_cfg_split, fourier_basis, triton_cfg_split
 
-from .helpers import IMPLEMENTATIONS, assert_close, dtypes, few, generator, layouts, make_row, nan, randn, seeds, shapes
+from .helpers import (
+    IMPLEMENTATIONS,
+    assert_close,
+    dtypes,
+    few,
+    generator,
+    layouts,
+    make_coefficients,
+    nan,
+    randn,
+    seeds,
+    shapes,
+)
 
 each_implementation = pytest.mark.parametrize("ops", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS.keys())
 
@@ -28,7 +40,8 @@ def plane(x):
 
 
 def paper(uncond, cond, later, radius, w_low, w_high):
-    """Eq. 6-11 as the paper writes them: deltas of the two bands at a full step, then the rebuilt branch at a later step."""
+    """Eq. 6-11 as the paper writes them: deltas of the two bands at a full step, then the rebuilt branch at a later
+    step."""
     mask = low_band(*uncond.shape[-2:], radius)
     delta = spectrum(uncond) - spectrum(cond)
     now = spectrum(later)
@@ -38,7 +51,9 @@ def paper(uncond, cond, later, radius, w_low, w_high):
 
 
 @each_implementation
-@pytest.mark.parametrize("height,width", [(60, 90), (45, 80), (32, 32), (31, 37), (16, 7), (5, 8), (1, 1), (1, 6), (130, 20)])
+@pytest.mark.parametrize(
+    "height,width", [(60, 90), (45, 80), (32, 32), (31, 37), (16, 7), (5, 8), (1, 1), (1, 6), (130, 20)]
+)
 @pytest.mark.parametrize("cond_half", [0, 1])
 def test_split_and_reconstruct_are_the_papers_formula(ops, height, width, cond_half):
     radius = min(height, width) // 5
@@ -46,7 +61,7 @@ def test_split_and_reconstruct_are_the_papers_formula(ops, height, width, cond_h
     uncond, cond, later = (randn([2, 3, height, width], torch.float64, rng) for _ in range(3))
     low, high, out = nan(cond.shape, cond.dtype), nan(cond.shape, cond.dtype), nan([4, 3, height, width], cond.dtype)
     ops.cfg_split(low, high, uncond, cond, radius)
-    ops.cfg_reconstruct(out, later, low, high, make_row(low=1.25, high=1.0), cond_half)
+    ops.cfg_reconstruct(out, later, low, high, make_coefficients(low=1.25, high=1.0), cond_half)
     halves = out.chunk(2)
     assert torch.equal(halves[cond_half], later)
     assert (halves[1 - cond_half] - paper(uncond, cond, later, radius, 1.25, 1.0)).abs().max() <= 1e-12
@@ -73,7 +88,8 @@ def test_split(ops, leading, height, width, fraction, dtype, first, second, seed
     ops.cfg_split(low, high, uncond, cond, radius)
     difference = uncond.double() - cond.double()
     exact = plane(spectrum(difference) * low_band(height, width, radius)).real
-    # Orthonormal products neither grow nor shrink a plane: its root of the sum of squares bounds what each element can lose.
+    # Orthonormal products neither grow nor shrink a plane: its root of the sum of squares bounds what each element can
+    # lose.
     magnitude = difference.square().sum((-2, -1), keepdim=True).sqrt().expand(shape)
     assert_close(low, exact, magnitude)
     assert_close(high, difference - exact, magnitude)
@@ -92,7 +108,9 @@ def test_split_of_a_whole_latent_is_accurate_to_float32(ops, height, width):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("height,width,radius", [(130, 200, 26), (129, 257, 25), (257, 130, 13), (96, 100, 40), (3, 5, 1), (4, 4, 0)])
+@pytest.mark.parametrize(
+    "height,width,radius", [(130, 200, 26), (129, 257, 25), (257, 130, 13), (96, 100, 40), (3, 5, 1), (4, 4, 0)]
+)
 def test_split_by_fourier_transforms_is_accurate_to_float32(height, width, radius, dtype):
     """Odd and even sides, and the cutoffs beyond the kernel's."""
     rng = generator(height)
@@ -140,29 +158,50 @@ def test_reconstruct(ops, shape, dtype, layout, in_place, cond_half, seed):
         half = out.chunk(2)[cond_half]
         half.copy_(cond)
         cond = half
-    row = make_row(low=1.2, high=0.7)
-    ops.cfg_reconstruct(out, cond, low, high, row, cond_half)
+    coefficients = make_coefficients(low=1.2, high=0.7)
+    ops.cfg_reconstruct(out, cond, low, high, coefficients, cond_half)
     halves = out.chunk(2)
     assert torch.equal(halves[cond_half], expected)
-    terms = [expected.double(), row[9].double() * low.double(), row[10].double() * high.double()]
+    terms = [expected.double(), coefficients[9].double() * low.double(), coefficients[10].double() * high.double()]
     assert_close(halves[1 - cond_half], sum(terms), sum(term.abs() for term in terms))
 
 
 @each_implementation
 @few
-@given(shape=shapes, dtype=dtypes, layout=layouts, scale=st.floats(0, 12, width=32), seed=seeds)
-def test_guide_is_guidance_of_the_rebuilt_branch(ops, shape, dtype, layout, scale, seed):
+@given(shape=shapes, dtype=dtypes, layout=layouts, in_place=st.booleans(), cond_half=st.integers(0, 1), seed=seeds)
+def test_reconstruct_with_a_third_map(ops, shape, dtype, layout, in_place, cond_half, seed):
     rng = generator(seed)
     cond = randn(shape, dtype, rng, layout)
-    low, high = (randn(shape, map_dtype(dtype), rng) for _ in range(2))
-    row = make_row(low=1.2, high=0.7)
-    out = ops.cfg_guide(cond, low, high, row, torch.tensor([scale]))
-    assert out.dtype == dtype and out.shape == cond.shape and out.is_contiguous()
-    exact = cond.double()
-    terms = [row[9].double() * low.double(), row[10].double() * high.double()]
-    uncond = exact + sum(terms)
-    magnitude = exact.abs() + (1 + scale) * sum(term.abs() for term in terms)
-    assert_close(out, uncond + scale * (exact - uncond), magnitude)
+    low, high, previous = (randn(shape, map_dtype(dtype), rng) for _ in range(3))
+    coefficients = make_coefficients(low=1.2, high=0.7, previous=-0.4)
+    out = nan([2 * shape[0], *shape[1:]], dtype)
+    source = cond
+    if in_place:
+        source = out.chunk(2)[cond_half]
+        source.copy_(cond)
+    ops.cfg_reconstruct(out, source, low, high, coefficients, cond_half, previous)
+    halves = out.chunk(2)
+    assert torch.equal(halves[cond_half], cond)
+    terms = [
+        coefficients[9].double() * low.double(),
+        coefficients[10].double() * high.double(),
+        coefficients[14].double() * previous.double(),
+    ]
+    magnitude = sum(term.abs() for term in terms)
+    assert_close(halves[1 - cond_half], cond.double() + sum(terms), cond.double().abs() + magnitude)
+
+
+@each_implementation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_third_map_without_weight_may_hold_anything(ops, dtype):
+    rng = generator(0)
+    cond, previous = randn([3, 41], dtype, rng), nan([3, 41], map_dtype(dtype))
+    low, high = (randn([3, 41], map_dtype(dtype), rng) for _ in range(2))
+    coefficients = make_coefficients(low=1.2, high=0.7, previous=0.0)
+    two, three = nan([6, 41], dtype), nan([6, 41], dtype)
+    ops.cfg_reconstruct(two, cond, low, high, coefficients, 1)
+    ops.cfg_reconstruct(three, cond, low, high, coefficients, 1, previous)
+    assert torch.equal(two, three)
 
 
 @pytest.mark.parametrize("n,radius", [(1, 0), (2, 0), (7, 3), (60, 12), (90, 12), (128, 63)])

@@ -1,4 +1,5 @@
-"""The CUDA sources without a GPU: what nvcc makes of them for each architecture, and what they do when they are run on the CPU."""
+"""The CUDA sources without a GPU: what nvcc makes of them for each architecture, and what they do when they are run on
+the CPU."""
 
 import ctypes
 import os
@@ -14,14 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.cpp_extension import include_paths
 
-from fastercache.ops import PACKED_DTYPES, PackedRow
+from fastercache.ops import PACKED_DTYPES, PackedLine
 from fastercache.triton_kernels import packed
 
-from .helpers import dtypes, few, generator, layouts, make_row, nan, nan_ring, randn, seeds, shapes
+from .helpers import dtypes, few, generator, layouts, make_coefficients, nan, nan_ring, randn, seeds, shapes
 
 CSRC = Path(__file__).parents[2] / "csrc"
 SOURCES = [CSRC / "cuda" / "ring_push.cu", CSRC / "cuda" / "packed_push.cu"]
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = (75, 80, 90, 100, 120)
+FILLED = {75: 64, 120: 40}
+"""Registers of a thread with which 1024 and 1536 threads, all that a multiprocessor of these takes, still fit."""
 SLOTS = 5
 LAUNCH_FAILURE = 719
 
@@ -53,7 +56,8 @@ def run(*command: object, **options: object) -> str:
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory) -> dict[tuple[int, str], dict]:
-    """`(architecture, name)` of each kernel, to its registers, its bytes of memory for them, and its memory instructions by number."""
+    """`(architecture, name)` of each kernel, to its registers, its bytes of memory for them, and its memory
+    instructions by number."""
     nvcc = find_nvcc()
     if nvcc is None:
         pytest.skip("nvcc is neither on the PATH nor under CUDA_HOME")
@@ -67,11 +71,14 @@ def kernels(tmp_path_factory) -> dict[tuple[int, str], dict]:
     for built in folder.glob("*.o"):
         usage = run("c++filt", input=run(cuobjdump, "--dump-resource-usage", built))
         for architecture, text in sections(usage):
-            for name, registers, stack, local in re.findall(r"Function (.*):\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text):
+            for name, registers, stack, local in re.findall(
+                r"Function (.*):\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text
+            ):
                 found[architecture, short(name)] = {"registers": int(registers), "memory": int(stack) + int(local)}
         for architecture, text in sections(run("c++filt", input=run(cuobjdump, "-sass", built))):
             for function in text.split("Function : ")[1:]:
-                instructions = Counter(re.findall(r"\b((?:LDG|STG|LDL|STL)[\w.]*) ", function))
+                names = re.findall(r"\b((?:LDG|STG|LDL|STL)[\w.]*) ", function)
+                instructions = Counter(name.removesuffix(".SYS") for name in names)  # as sm_75 spells it
                 found[architecture, short(function.partition("\n")[0])]["instructions"] = instructions
     return found
 
@@ -87,19 +94,22 @@ def short(name: str) -> str:
     return re.sub(r"\(.*|\([\w ]+\)", "", name).replace("unsigned int", "uint32").replace("unsigned short", "uint16")
 
 
-# Registers, at most; 2048 threads of 32 fill a multiprocessor. Lower a bound when a kernel gets better; raise it only with a measurement.
+# Registers, at most; 2048 threads of 32 fill a multiprocessor. Lower a bound when a kernel gets better; raise it only
+# with a measurement.
 REGISTERS = {
     r"ring_push_kernel<uint4, Contiguous>": 32,
     r"ring_push_kernel<\w+, Strided<uint32> >": 32,
     r"ring_push_kernel<\w+, Strided<long> >": 48,
-    r"packed_push_kernel<\w+, 0, \w+>": 48,
-    r"packed_push_kernel<\w+, 8, \w+>": 72,
-    r"packed_push_kernel<\w+, 4, \w+>": 104,
+    r"packed_push_kernel<\w+, 0, (true, \w+|false, false)>": 48,
+    r"packed_push_kernel<\w+, 8, \w+, \w+>": 72,
+    r"packed_push_kernel<\w+, 4, (true, \w+|false, false)>": 104,
+    r"packed_push_kernel<\w+, 0, false, true>": 72,  # of two tensors with strides, which few are
+    r"packed_push_kernel<\w+, 4, false, true>": 128,
 }
 
 
 def test_every_kernel_is_there(kernels):
-    assert len(kernels) == len(ARCHITECTURES) * (9 + 3 * 3 * 2)
+    assert len(kernels) == len(ARCHITECTURES) * (9 + 3 * 3 * 2 * 2)
     assert {architecture for architecture, _ in kernels} == set(ARCHITECTURES)
     for pattern in REGISTERS:
         assert any(re.fullmatch(pattern, name) for _, name in kernels), pattern
@@ -109,7 +119,7 @@ def test_registers_suffice(kernels):
     """No kernel takes more registers than its bound, and none puts what it has no register for into memory."""
     for key, kernel in kernels.items():
         bound = next(bound for pattern, bound in REGISTERS.items() if re.fullmatch(pattern, key[1]))
-        assert kernel["registers"] <= bound, (key, kernel)
+        assert kernel["registers"] <= max(bound, FILLED.get(key[0], 0)), (key, kernel)
         assert kernel["memory"] == 0, (key, kernel)
         assert not any(name.startswith(("LDL", "STL")) for name in kernel["instructions"]), (key, kernel)
 
@@ -118,12 +128,16 @@ def test_a_copy_has_four_accesses_of_16_bytes_in_flight(kernels):
     wide = {key: kernel for key, kernel in kernels.items() if key[1].startswith("ring_push_kernel<uint4")}
     assert len(wide) == 3 * len(ARCHITECTURES)
     for key, kernel in wide.items():
-        assert kernel["instructions"] == {"LDG.E.128": 4, "LDG.E": 1, "STG.E.128": 4}, (key, kernel)  # LDG.E is the row's slot
+        assert kernel["instructions"] == {"LDG.E.128": 4, "LDG.E": 1, "STG.E.128": 4}, (
+            key,
+            kernel,
+        )  # LDG.E is the coefficients's slot
 
 
+@pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("bits", packed.BITS)
 @pytest.mark.parametrize("element,size", [("float", 4), ("bfloat16", 2), ("float16", 2)])
-def test_a_packed_push_moves_16_bytes_at_a_time(kernels, element, size, bits):
+def test_a_packed_push_moves_16_bytes_at_a_time(kernels, element, size, bits, residual):
     """Of codes always, and of x where it is aligned; what is left are the scales, which a block of 128 has once."""
     channels = 32 if bits == 4 else 16  # of a lane
     codes, differences = channels // 16, channels * bits // 8 // 16
@@ -131,9 +145,10 @@ def test_a_packed_push_moves_16_bytes_at_a_time(kernels, element, size, bits):
         name = f"packed_push_kernel<{element}, {bits}, "
         scales = 2 if bits else 1
         stores = {"STG.E.128": codes + differences, "STG.E": scales}
-        loads = {"LDG.E.128": channels * size // 16 + (codes if bits else 0)} | ({"LDG.E": 1} if bits else {})
-        assert kernels[architecture, name + "true>"]["instructions"] == loads | stores
-        general = kernels[architecture, name + "false>"]["instructions"]
+        read = (2 if residual else 1) * channels * size // 16
+        loads = {"LDG.E.128": read + (codes if bits else 0)} | ({"LDG.E": 1} if bits else {})
+        assert kernels[architecture, f"{name}true, {str(residual).lower()}>"]["instructions"] == loads | stores
+        general = kernels[architecture, f"{name}false, {str(residual).lower()}>"]["instructions"]
         assert general["LDG.E.128"] == (codes if bits else 0) and stores.items() <= general.items()
 
 
@@ -145,7 +160,17 @@ def test_the_bindings_compile(tmp_path):
     include = [f"-I{path}" for path in include_paths()]
     macros = ["-DUSE_CUDA", "-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     warnings = ["-Xcompiler", "-Wall,-Wno-unknown-pragmas,-Werror"]
-    run(nvcc, "-std=c++20", *include, *macros, *warnings, "-c", CSRC / "bindings" / "cuda.cpp", "-o", tmp_path / "cuda.o")
+    run(
+        nvcc,
+        "-std=c++20",
+        *include,
+        *macros,
+        *warnings,
+        "-c",
+        CSRC / "bindings" / "cuda.cpp",
+        "-o",
+        tmp_path / "cuda.o",
+    )
 
 
 # What they do, on the CPU
@@ -174,21 +199,35 @@ def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
 
 def push(library: ctypes.CDLL, ring: torch.Tensor, x: torch.Tensor, slot: float) -> int:
     stride = ctypes.c_int64(ring.stride(0))
-    row = make_row(push=slot)
+    coefficients = make_coefficients(push=slot)
     return library.emulated_ring_push(
-        pointer(ring), ctypes.c_int64(len(ring)), stride, pointer(x), *shape_of(x), x.element_size(), pointer(row)
+        pointer(ring),
+        ctypes.c_int64(len(ring)),
+        stride,
+        pointer(x),
+        *shape_of(x),
+        x.element_size(),
+        pointer(coefficients),
     )
 
 
-def packed_push(library: ctypes.CDLL, ring: torch.Tensor, x: torch.Tensor, bits: int) -> int:
-    return library.emulated_packed_push(pointer(ring), pointer(x), *shape_of(x), PACKED_DTYPES.index(x.dtype), bits)
+def packed_push(
+    library: ctypes.CDLL, ring: torch.Tensor, x: torch.Tensor, entry: torch.Tensor | None, bits: int
+) -> int:
+    before = (None, None) if entry is None else (pointer(entry), shape_of(entry)[2])
+    return library.emulated_packed_push(
+        pointer(ring), pointer(x), *shape_of(x), *before, PACKED_DTYPES.index(x.dtype), bits
+    )
 
 
-def cpu_packed_push(library: ctypes.CDLL, ring: torch.Tensor, x: torch.Tensor, bits: int) -> None:
-    x = x.contiguous()
+def cpu_packed_push(
+    library: ctypes.CDLL, ring: torch.Tensor, x: torch.Tensor, entry: torch.Tensor | None, bits: int
+) -> None:
+    x, entry = x.contiguous(), None if entry is None else entry.contiguous()
     channels = ctypes.c_int64(x.shape[-1])
     lines = ctypes.c_int64(x.numel() // x.shape[-1])
-    library.cpu_packed_push(pointer(ring), pointer(x), lines, channels, PACKED_DTYPES.index(x.dtype), bits)
+    before = None if entry is None else pointer(entry)
+    library.cpu_packed_push(pointer(ring), pointer(x), before, lines, channels, PACKED_DTYPES.index(x.dtype), bits)
 
 
 @few
@@ -197,7 +236,8 @@ def test_push(emulated, shape, dtype, layout, narrow, slot, seed):
     check_push(emulated, shape, dtype, layout, narrow, slot, seed)
 
 
-# Of these the first is the contiguous case, 3 programs of 4 x 256 units long; the others are read in units of 16, 8, 4 and 2 bytes.
+# Of these the first is the contiguous case, 3 programs of 4 x 256 units long; the others are read in units of 16, 8, 4
+# and 2 bytes.
 @pytest.mark.parametrize("layout", ["contiguous", "frames", "pitched"])
 @pytest.mark.parametrize("shape", [(2, 5, 4, 512), (2, 3, 5, 72), (2, 3, 5, 36), (2, 3, 5, 18), (3, 3, 7, 301)])
 def test_push_of_every_width(emulated, shape, layout):
@@ -231,11 +271,15 @@ def test_dimensions_that_do_not_fit_are_refused(emulated):
 
 
 def meaning(channels: int, bits: int) -> torch.Tensor:
-    """Which bytes of a packed row are read by anyone: bool `[row.bytes]`."""
-    row = PackedRow(channels, bits)
-    parts = [(0, channels), (row.difference, (channels * bits + 7) // 8), (row.newest_scales, 4 * row.blocks)]
-    parts += [(row.difference_scales, 4 * row.blocks)] if bits else []
-    used = torch.zeros(row.bytes, dtype=torch.bool)
+    """Which bytes of a packed coefficients are read by anyone: bool `[coefficients.bytes]`."""
+    coefficients = PackedLine(channels, bits)
+    parts = [
+        (0, channels),
+        (coefficients.difference, (channels * bits + 7) // 8),
+        (coefficients.newest_scales, 4 * coefficients.blocks),
+    ]
+    parts += [(coefficients.difference_scales, 4 * coefficients.blocks)] if bits else []
+    used = torch.zeros(coefficients.bytes, dtype=torch.bool)
     for begin, size in parts:
         used[begin : begin + size] = True
     return used
@@ -248,26 +292,34 @@ def meaning(channels: int, bits: int) -> torch.Tensor:
     bits=st.sampled_from(packed.BITS),
     dtype=st.sampled_from(PACKED_DTYPES),
     layout=layouts,
+    entry_layout=st.none() | layouts,
     poison=st.sampled_from([None, torch.nan, torch.inf, -torch.inf]),
     seed=seeds,
 )
-def test_packed_push_writes_what_the_cpu_writes(emulated, leading, channels, bits, dtype, layout, poison, seed):
-    """Byte for byte, over two pushes into a ring with scales of 0.747, which is 63 in each byte; what lies beside it is left as it is."""
+def test_packed_push_writes_what_the_cpu_writes(
+    emulated, leading, channels, bits, dtype, layout, entry_layout, poison, seed
+):
+    """Byte for byte, over two pushes into a ring with scales of 0.747, which is 63 in each byte; what lies beside it is
+    left as it is.
+
+    Of a residual, where there is a layout for `entry`.
+    """
     shape, rng = [*leading, channels], generator(seed)
-    row = PackedRow(channels, bits)
+    coefficients = PackedLine(channels, bits)
     lines = torch.Size(leading).numel()
-    guarded = torch.full((lines + 2, row.bytes), 63, dtype=torch.uint8)
-    ring = guarded[1:-1].view(*leading, row.bytes)
+    guarded = torch.full((lines + 2, coefficients.bytes), 63, dtype=torch.uint8)
+    ring = guarded[1:-1].view(*leading, coefficients.bytes)
     ring[..., :channels] = 0  # what fills up the codes must not pass for changes
     expected = ring.clone()
     used = meaning(channels, bits)
-    scales = torch.arange(row.bytes) >= row.newest_scales
+    scales = torch.arange(coefficients.bytes) >= coefficients.newest_scales
     for _ in range(2):
         x = randn(shape, dtype, rng, layout)
         if poison is not None:
             x[..., channels // 2] = poison
-        assert packed_push(emulated, ring, x, bits) == 0
-        cpu_packed_push(emulated, expected, x, bits)
+        entry = None if entry_layout is None else randn(shape, dtype, rng, entry_layout)
+        assert packed_push(emulated, ring, x, entry, bits) == 0
+        cpu_packed_push(emulated, expected, x, entry, bits)
         assert torch.equal(ring[..., used & ~scales], expected[..., used & ~scales])
         ours, theirs = (ring_[..., used & scales].contiguous().view(torch.float32) for ring_ in (ring, expected))
         assert torch.equal(ours.isnan(), theirs.isnan())  # a NaN has many bit patterns

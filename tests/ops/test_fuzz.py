@@ -14,7 +14,9 @@ SCRIPT = Path(__file__).with_name("fuzz_entry_points.py")
 SECONDS = float(os.environ.get("FASTERCACHE_FUZZ_SECONDS", "8"))
 SEED = int(os.environ.get("FASTERCACHE_FUZZ_SEED", "0"))
 
-needs_cpp = pytest.mark.skipif(ops.implementations()["ring_push"]["cpu"] != "C++", reason="the C++ library is not built or not in use")
+needs_cpp = pytest.mark.skipif(
+    ops.implementations()["ring_push"]["cpu"] != "C++", reason="the C++ library is not built or not in use"
+)
 
 
 def fuzz(log: Path, **environment: str) -> None:

@@ -1,0 +1,63 @@
+"""Every test, the long ones too, and the result as a page: `make test-all`, or `python -m bench.test_all`.
+
+Long are the random sequences of use in tests/test_misuse.py: the environment variable below says how many there are,
+drawn anew each time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from bench import report
+
+LONG = {"FASTERCACHE_MISUSE_EXAMPLES": "300", "FASTERCACHE_ALL_TARGETS": "1"}
+"""What makes the tests longer than `make test` has them."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--out", type=Path, default=report.RESULTS / "test_all.json", help="JSON; the page lies beside it"
+    )
+    parser.add_argument("tests", nargs="*", default=[], help="files, for less than all")
+    args = parser.parse_args()
+    start, commit = time.perf_counter(), report.commit()
+    command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadfile", "--durations=10", *args.tests]
+    run = subprocess.run(
+        command, cwd=report.ROOT, env=os.environ | LONG | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    minutes = (time.perf_counter() - start) / 60
+    lines = run.stdout.strip().splitlines()
+    print("\n".join(lines[-40:]))
+    # pytest closes with its counts, such as "5 passed, 2 skipped in 3.10s".
+    counts = lines[-1].strip("= ") if lines else "nothing ran"
+    slowest = [line.strip() for line in lines if re.match(r"[\d.]+s (call|setup)", line.strip())]
+    settings = ", ".join(f"{name}={value}" for name, value in LONG.items())
+    report.write(
+        args.out,
+        "All tests, the long ones too",
+        "python -m bench.test_all",
+        {
+            "counts": counts,
+            "minutes": round(minutes, 1),
+            "exit_status": run.returncode,
+            "slowest": slowest,
+            "settings": LONG,
+        },
+        [
+            f"{counts}; {minutes:.1f} minutes, exit status {run.returncode}, with {settings}.",
+            "Slowest:\n\n" + "\n".join(f"- {one}" for one in slowest),
+        ],
+        commit_measured=commit,
+    )
+    raise SystemExit(run.returncode)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Rings, their formats, and the caches of a run."""

@@ -1,0 +1,56 @@
+"""diffusers' side of what the runtime asks (`fastercache.runtime.host`): the labels of its calls, and its attention
+backends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import nn
+
+from fastercache.host.attention import Attention
+from fastercache.host.labels import CallLabels
+from fastercache.schedule.branches import Branch, BranchLayout
+
+
+class DiffusersHost:
+    """Of one model; one that is not diffusers' has no labels and no backends to choose, and nothing here acts on it.
+
+    attention_backend: as `fastercache.compile` has it.
+    """
+
+    def __init__(self, attention_backend: str | None, model: nn.Module):
+        self.attention = Attention(model)
+        if attention_backend is not None:
+            self.attention.use(attention_backend)
+        self.labels = CallLabels(model)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the summary says of the attention backend."""
+        return self.attention.notes
+
+    @property
+    def label(self) -> str | None:
+        return self.labels.current
+
+    @property
+    def attention_backends(self) -> tuple[str, ...]:
+        return self.attention.backends
+
+    def settle(self, original: Callable[..., Any], arguments: Mapping[str, Any], backend: Any) -> None:
+        self.attention.settle(original, arguments, backend)
+
+    def check_label(self, layout: BranchLayout, branch: Branch | None, remedy: str | None) -> None:
+        self.labels.check(layout, branch, remedy)
+
+    def refusal(self, error: BaseException) -> Exception | None:
+        return self.attention.refusal(error)
+
+    def natively(self) -> AbstractContextManager[None]:
+        return self.attention.natively()
+
+    def detach(self) -> None:
+        self.labels.detach()
+        self.attention.restore()

@@ -1,0 +1,37 @@
+"""How close two videos are, frame by frame. Both are measured on the decoded pixels, after everything a user would
+see."""
+
+from __future__ import annotations
+
+import numpy as np
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB of videos `[n, frames, H, W, 3]` in [0, 1].
+
+    `10 log10(1 / MSE)` with the mean squared error of a whole clip (all frames, pixels and channels), then the mean
+    over the n clips. Infinite as soon as one clip equals the other exactly.
+    """
+    _check(a, b)
+    with np.errstate(divide="ignore"):
+        return float(np.mean([peak_signal_noise_ratio(x, y, data_range=1.0) for x, y in zip(a, b, strict=True)]))
+
+
+def ssim(a: np.ndarray, b: np.ndarray) -> float:
+    """Structural similarity of videos `[n, frames, H, W, 3]` in [0, 1]: 1 for equal videos.
+
+    As Wang et al. (2004) define it (Gaussian window, sigma 1.5, population covariance), the mean over the three
+    channels of each frame, then over all frames of all clips.
+    """
+    _check(a, b)
+    frames = zip(a.reshape(-1, *a.shape[2:]), b.reshape(-1, *b.shape[2:]), strict=True)
+    window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    return float(np.mean([structural_similarity(x, y, data_range=1.0, channel_axis=-1, **window) for x, y in frames]))
+
+
+def _check(a: np.ndarray, b: np.ndarray) -> None:
+    if a.shape != b.shape or a.ndim != 5:
+        raise ValueError(
+            f"videos have shapes {list(a.shape)} and {list(b.shape)}, expected two of the same [n, frames, H, W, 3]"
+        )

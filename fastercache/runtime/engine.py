@@ -1,0 +1,607 @@
+"""The accelerated state of one model: which call belongs to which run, and what a run begins with.
+
+Nothing is decided here while sampling. A run begins with the first call of the denoiser, when the shapes are known: the
+schedule becomes a plan, the caches are allocated, the table of coefficients is uploaded.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache, partial
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from fastercache import ops
+from fastercache.cache.budget import CacheBudget, Caches, Limit
+from fastercache.cache.cache import Cache, CachePlan, ordinary_tensors, plan_cache
+from fastercache.cache.formats import format_of
+from fastercache.errors import RunError, ScheduleError, UnsupportedModelError, warn
+from fastercache.models.family import Family
+from fastercache.models.hooks import comes_and_goes, devices_of, modules_of, refuse_others_at_work
+from fastercache.models.patching import ForwardPatch
+from fastercache.report.summary import Summary, ops_called
+from fastercache.runtime.gated import GatedModel
+from fastercache.runtime.graphs import GraphOptions, input_signature
+from fastercache.runtime.host import Host
+from fastercache.runtime.run import Run, RunSpec, input_key
+from fastercache.runtime.summary import summary_of
+from fastercache.runtime.timesteps import Habits, Reading, Timesteps, read
+from fastercache.schedule.branches import BranchLayout
+from fastercache.schedule.plan import Plan, make_plan
+from fastercache.schedule.policies import Policy, built, means_to_skip
+from fastercache.schedule.schedule import Schedule
+
+logger = logging.getLogger("fastercache")
+
+LONG_PAUSE = 30.0
+"""Seconds between two calls of a run outside any scope after which it is said that the run goes on."""
+
+MOST_PLANNED = 16
+"""Kinds of calls whose plans of caches are kept: planning them again takes longer than all that a run does else."""
+
+_DISABLED: ContextVar[frozenset[Engine]] = ContextVar("fastercache_disabled", default=frozenset())
+"""The engines that are switched off in this thread, or in this task of it."""
+
+
+class WarmedUp(Exception):
+    """Leaves the pipeline's call that `Engine.warming_up` began, once every phase has run."""
+
+
+class Scope:
+    """The calls that belong to one run: those of a pipeline's call or of a `with` block, or a count of them outside of
+    any.
+
+    what: the block, for messages; "" outside of any. thread: the one that opened it. run: made at the first call.
+    timesteps, last_call: outside a block, what the calls have shown and when the last of them ended.
+    """
+
+    def __init__(self, describe: Callable[[], RunSpec], habits: Habits, what: str = ""):
+        self.describe, self.what = describe, what
+        self.thread = threading.current_thread()
+        self.run: Run | None = None
+        self.timesteps = Timesteps(habits)
+        self.last_call: float | None = None
+        self.longest_pause = 0.0
+        self.failed: str | None = None
+
+    @property
+    def position(self) -> int:
+        return 0 if self.run is None else self.run.position
+
+    @property
+    def steps(self) -> int:
+        return 0 if self.run is None else len(self.run)
+
+    @property
+    def mine(self) -> bool:
+        """Whether it belongs to the thread that asks."""
+        return self.thread is threading.current_thread()
+
+
+class Engine:
+    """Made by `fastercache.compile`; `detach` leaves the model as it was.
+
+    A run belongs to the thread that began it: calls of other threads are refused until it ends, and pass it by inside
+        `disabled`.
+    pipelines: those whose calls are runs of this engine. last: the summary of the last run. warmed_up: whether the last
+    `warming_up` came to compile anything.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        family: Family,
+        schedule: Schedule | Policy,
+        default: RunSpec | None,
+        budget: CacheBudget,
+        options: GraphOptions | None,
+        host: Callable[[nn.Module], Host],
+    ):
+        self.model, self.family, self.schedule, self.default = model, family, schedule, default
+        # Whatever may refuse the model or the schedule comes first; patches are put in last.
+        self._meant_to_skip = means_to_skip(schedule)
+        self.last: Summary | None = None
+        self.pipelines: list[weakref.ref[Any]] = []
+        self.warmed_up = False
+        self._on_phase: Callable[[int, int], None] | None = None
+        self._scope: Scope | None = None
+        self._lock = threading.Lock()
+        self._calling: threading.Thread | None = None
+        self._habits = Habits()
+        self._said_uncached = False
+        self._parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
+        self._plans: dict[RunSpec, Plan] = {}
+        self._tables: dict[tuple[int, torch.device], tuple[torch.Tensor, ...]] = {}
+        self._caches = Caches(budget)
+        self._activations: dict[Hashable, tuple[int, str]] = {}
+        self._planners: dict[Hashable, Callable[[str], CachePlan]] = {}
+        self.gated = GatedModel(model, family, options)
+        self._patch: ForwardPatch | None = None
+        try:
+            self.host = host(model)
+        except BaseException:
+            self.gated.detach()
+            raise
+        try:
+            self._patch = ForwardPatch(model, self._at_model)
+        except BaseException:
+            self.detach()
+            raise
+
+    def refuse_under_way(self, what: str) -> None:
+        """`RunError` while a run is under way in a block, or a call is being made, in any thread."""
+        if self._calling is not None or (self._block is not None and self._block.thread.is_alive()):
+            raise RunError(f"a run is under way; {what} after it has ended")
+
+    @property
+    def _block(self) -> Scope | None:
+        """The scope, if it is that of a block."""
+        return self._scope if self._scope is not None and self._scope.what else None
+
+    def detach(self) -> None:
+        """Take every patch out and free the caches. Refused while a run is under way in a block."""
+        self.refuse_under_way("restore the model")
+        if self._patch is not None:
+            self._patch.remove()
+        self.gated.detach()
+        self.host.detach()
+        self._scope = None
+        self._caches.free()
+        self._tables.clear()
+
+    def release(self) -> None:
+        """Free the caches: of a run that was left before its last step, and those that graphs keep. Refused while a run
+        is under way."""
+        self.refuse_under_way("release its caches, which it needs,")
+        self._end("released before its last step")
+        self._caches.free()
+
+    # ---- what a run begins with --------------------------------------------------------------------------------------
+
+    def _begin(self, spec: RunSpec, arguments: dict[str, Any]) -> Run:
+        """The run whose first call has these arguments."""
+        family, layout = self.family, spec.layout
+        notes = [note for note in (self._check_model(),) if note]
+        _, _, device = input_key(self.gated, arguments)
+        batch = len(family.latents(arguments)) * (2 if layout.two_calls else 1)
+        _check_frames(spec, self.model, family.latents(arguments))
+        if layout.guided and batch % 2:
+            raise RunError(
+                f"a batch of {batch} cannot be split in two branches: with guidance ({layout.name}) a call holds one "
+                "row of each branch for "
+                "every prompt; pass an even batch, or cfg='none' for a model without guidance"
+            )
+        plan = self.plan_for(spec)
+        if layout.guided and not layout.two_calls and any(step.rebuild for step in plan.steps):
+            # What cannot be split is said now.
+            family.refuse_nested(arguments, batch)
+            family.narrow(arguments, batch, layout.rows(batch, ("cond",)))
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else family.dtype(self.model, arguments)
+        plan_in = self._planner(plan, layout, arguments, dtype)
+        cache, cache_notes = self._cache_for(plan_in, device, arguments)
+        if device.type == "cuda" and not self._prepare(
+            plan, cache.plan, dtype, device
+        ):  # its format is no choice any more
+            cache, cache_notes = self._cache_for(plan_in, device, arguments)
+            self._prepare(plan, cache.plan, dtype, device)
+        for note in cache_notes:
+            logger.info(note)
+        table = self._table_for(plan, device)
+        return Run(self.gated, self.host, plan, spec, cache, table, arguments, batch, notes + cache_notes)
+
+    def _planner(
+        self, plan: Plan, layout: BranchLayout, arguments: Mapping[str, Any], dtype: torch.dtype
+    ) -> Callable[[str], CachePlan]:
+        """Plans the caches in a format, for calls with such arguments: two calls of a step are two halves of what is
+        kept."""
+        key = id(plan), layout, dtype, input_signature(arguments)
+        if key in self._planners:
+            return self._planners[key]
+        if len(self._planners) >= MOST_PLANNED:
+            self._planners.clear()
+        family, model = self.family, self.model
+
+        def whole(shape: torch.Size) -> torch.Size:
+            return torch.Size((2 * shape[0], *shape[1:])) if layout.two_calls else shape
+
+        kept = [index for index, number in enumerate(plan.cadence_of) if plan.cadences[number].slots]
+        shapes = {index: [whole(shape) for shape in self._shapes_of(index, plan, arguments)] for index in kept}
+        prediction, planes = (
+            partial(family.prediction_shape, model, arguments),
+            partial(family.planes_shape, model, arguments),
+        )
+        plan_in = partial(
+            plan_cache, plan, shapes.__getitem__, lambda: whole(prediction()), lambda: whole(planes()), dtype
+        )
+        self._planners[key] = cache(plan_in)
+        return self._planners[key]
+
+    def _shapes_of(self, index: int, plan: Plan, arguments: Mapping[str, Any]) -> tuple[torch.Size, ...]:
+        """What is kept of a site; where it cannot be, the error says at which step it is first reused."""
+        site = self.gated.sites[index]
+        try:
+            return self.family.site_shapes(self.model, site, arguments)
+        except UnsupportedModelError as error:
+            step = next(number for number in range(len(plan.steps)) if plan.action(index, number) == "blend")
+            raise UnsupportedModelError(
+                f"schedule {plan.schedule.name!r}, step {step + 1} reuses the {site.node} of "
+                f"{type(self.model).__name__}, which is not "
+                f"possible: {error}"
+            ) from error
+
+    def _prepare(self, plan: Plan, planned: CachePlan, dtype: torch.dtype, device: torch.device) -> bool:
+        """Launch each op of the run once; whether what the caches need can be had."""
+        form = format_of(planned.format)
+        lines = {(ring.shape[-1], form.bits(ring)) for ring in planned.rings if form.ops}
+        shape = planned.map_shape
+        planes = (shape[-2], shape[-1], min(shape[-2:]) // plan.schedule.radius_divisor) if shape else None
+        called = sorted(ops_called(plan, plan.steps, form.ops))
+        return ops.prepare(called, device, dtype, lines, planes, planned.prediction_shape or None)
+
+    def _cache_for(
+        self, plan_in: Callable[[str], CachePlan], device: torch.device, arguments: dict[str, Any]
+    ) -> tuple[Cache, list[str]]:
+        """The caches of a run and notes on them: the run's own, but where CUDA graphs have recorded their addresses.
+
+        arguments: of the first call, from which what a step takes is counted where it matters.
+        """
+
+        from fastercache.cache import room  # it needs private names of torch's
+
+        def room_on_device(wanted: int, kept: int) -> Limit | None:
+            return room.room(device, wanted, kept, lambda: self._activations_of(arguments, device))
+
+        graphs = self.gated.graphs
+        keep = graphs is not None and graphs.cuda_graphs and not comes_and_goes(self.model)
+        return self._caches.for_run(plan_in, device, keep, room_on_device)
+
+    def _activations_of(self, arguments: dict[str, Any], device: torch.device) -> tuple[int, str]:
+        """Bytes that a step takes beside weights and caches, and how they were found."""
+        from fastercache.cache import room
+
+        key = device, torch.is_autocast_enabled(device.type), input_signature(arguments)
+        if key not in self._activations:
+            try:
+                with self.host.natively():  # no count knows what other kernels give
+                    counted = room.activation_bytes(self.model, self.family.countable(arguments))
+                self._activations[key] = counted, "counted on its shapes"
+            except Exception as error:  # whatever a model raises that reads the values of its inputs
+                found = room.memory_of(device)
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                self._activations[key] = (
+                    (found[1] // 4 if found else 0),
+                    f"a quarter of all, as it cannot be counted ({reason})",
+                )
+        return self._activations[key]
+
+    def _check_model(self) -> str | None:
+        """`CompileError` if the model is not one that was compiled any more, `RunError` if it is on several devices; a
+        note if it is one that costs new graphs."""
+        modules = modules_of(self.model)
+        refuse_others_at_work(self.model, modules)
+        devices = devices_of(self.model, modules)
+        if len(devices) > 1:
+            raise RunError(
+                f"this {type(self.model).__name__} is spread over {len(devices)} devices ({', '.join(devices)}), and "
+                "the caches of a run lie "
+                "on one; load it without a device_map, on one device, or offload what does not fit "
+                "(enable_model_cpu_offload)"
+            )
+        return self.gated.check(modules)
+
+    def _table_for(self, plan: Plan, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """The coefficients of each step on the device; uploaded once."""
+        if (id(plan), device) not in self._tables:  # the plan itself stays in `_plans`
+            with ordinary_tensors():
+                table = torch.tensor(plan.table, dtype=torch.float32)
+                # From pinned memory, as the host would wait for any other copy.
+                uploaded = (
+                    table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
+                )
+                self._tables[id(plan), device] = uploaded.unbind()
+        return self._tables[id(plan), device]
+
+    def plan_for(self, spec: RunSpec) -> Plan:
+        """The plan of a run; `ScheduleError` if a fixed schedule has another length, or does not fit the model."""
+        if spec not in self._plans:
+            self._plans[spec] = self._make_plan(spec)
+        plan = self._plans[spec]
+        if self._meant_to_skip and plan.skips_nothing and self._skips_elsewhere_nothing(spec):
+            why = f"a run of {spec.steps} steps is too short for it"
+            if not plan.guided and not built(self.schedule, spec.steps, True).skips_nothing:
+                why = "it skips unconditional calls alone, and this run has no guidance"
+            warn(f"schedule {plan.schedule.name!r} skips nothing here: {why}; the run gains no speed")
+        return plan
+
+    def _skips_elsewhere_nothing(self, spec: RunSpec) -> bool:
+        """Whether the steps that are not this model's, where it has a part of them, skip nothing as a part of their own
+        either."""
+        if spec.part is None:
+            return True
+        schedule, (start, stop) = built(self.schedule, spec.steps, spec.layout.guided), spec.part
+        others = [schedule.part(*part) for part in ((0, start), (stop, spec.steps)) if part[0] < part[1]]
+        return all(make_plan(other, spec.layout.guided, self.gated.tree).skips_nothing for other in others)
+
+    def _make_plan(self, spec: RunSpec) -> Plan:
+        schedule = built(self.schedule, spec.steps, spec.layout.guided)
+        if len(schedule) != spec.steps:
+            asked = None if spec.caller is None else spec.caller.asked
+            calls = (
+                "" if asked in (None, spec.steps) else f" (its sampler makes as many of num_inference_steps={asked})"
+            )
+            set_count = "" if calls else f"set the run's step count to {len(schedule)}, or "
+            raise ScheduleError(
+                f"schedule {schedule.name!r} has {len(schedule)} steps, but this run has {spec.steps}{calls}; "
+                f"{set_count}compile with a "
+                f"policy, which fits any step count{f', or with a schedule of {spec.steps} steps' if calls else ''}"
+            )
+        schedule = schedule if spec.part is None else schedule.part(*spec.part)
+        return make_plan(schedule, spec.layout.guided, self.gated.tree, self.family.name)
+
+    # ---- scopes ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def scope(self, describe: Callable[[], RunSpec], what: str, may_be_idle: bool = False) -> Iterator[None]:
+        """All calls of the model inside belong to one run, whose spec is asked for at the first of them. Without a
+        call, it warns.
+
+        what: the block, for that warning.
+        """
+        if self in _DISABLED.get():
+            yield
+            return
+        refuse_others_at_work(self.model)
+        with self._lock:
+            self._leave_scope_of_dead_thread()
+            if self._block is not None:
+                where = "this thread" if self._block.mine else "another thread"
+                raise RunError(
+                    f"a run of this {type(self.model).__name__} is already under way in {where}; let it end first, or "
+                    "compile a second "
+                    "copy of the model for a second run at the same time"
+                )
+            self._leave_unfinished("a run in a scope begins")
+            scope = self._scope = Scope(describe, self._habits, what)
+        try:
+            yield
+        except BaseException:
+            self._end_block(scope, f"ended by an error after {scope.position} steps")
+            raise
+        else:
+            self._end_block(scope, "idle" if may_be_idle and scope.run is None else None)
+
+    def _end_block(self, scope: Scope, note: str | None) -> None:
+        if self._scope is scope:  # else that of a thread that had died inside it, found at last
+            self._end(note)
+
+    def _leave_scope_of_dead_thread(self) -> None:
+        if self._block is not None and not self._block.thread.is_alive():
+            self._leave_unfinished("its thread has ended")
+
+    def _leave_unfinished(self, why: str) -> None:
+        """End a run that was left before its last step, and say so. `RunError` if it may be still under way in another
+        thread."""
+        scope = self._scope
+        if scope is None:
+            return
+        name = type(self.model).__name__
+        if not scope.mine and scope.thread.is_alive():
+            raise RunError(
+                f"this {name} is in a run of another thread, which has made {scope.position} of {scope.steps} steps; a "
+                "run owns its model "
+                "until it ends: let it end, give it up by fastercache.release, or compile a second copy of the model"
+            )
+        self._end(f"left after {scope.position} steps")
+        warn(f"a run of {name} was left after {scope.position} of {scope.steps} steps: {why}")
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Calls of this thread inside go straight to the model. Refused inside a run of its own, whose steps would no
+        longer add up."""
+        if self._block is not None and self._block.mine:
+            raise RunError("a run is under way; disable caching before it begins or after it has ended")
+        before = _DISABLED.get()
+        _DISABLED.set(before | {self})
+        try:
+            yield
+        finally:
+            if self not in before:
+                _DISABLED.set(_DISABLED.get() - {self})
+
+    @property
+    def is_disabled(self) -> bool:
+        """Whether this thread is inside `disabled`."""
+        return self in _DISABLED.get()
+
+    @property
+    def knows_its_runs(self) -> bool:
+        """Whether a call that is made now belongs to a run."""
+        return self.default is not None or self._block is not None
+
+    @contextmanager
+    def warming_up(self, on_phase: Callable[[int, int], None]) -> Iterator[None]:
+        """The first call of the denoiser inside runs each phase once, after `on_phase(number, phases)`, and ends the
+        block."""
+        last, self._on_phase, self.warmed_up = self.last, on_phase, False
+        try:
+            yield
+        except WarmedUp:
+            self.warmed_up = True
+        finally:
+            self._on_phase, self.last = None, last
+
+    def _warm_up(self, run: Run, original: Callable[..., Any], arguments: dict[str, Any]) -> NoReturn:
+        """Run each phase on the first call's inputs, which compiles it, and leave the run."""
+        assert self._on_phase is not None
+        graphs = self.gated.graphs
+        # CUDA graphs run once as they are, are recorded, and then replayed.
+        times = 3 if graphs is not None and graphs.cuda_graphs else 1
+        for number in range(len(run.plan.phases)):
+            self._on_phase(number, len(run.plan.phases))
+            run.rehearse(original, arguments, number, times)
+        raise WarmedUp
+
+    def _end(self, note: str | None) -> None:
+        scope, self._scope = self._scope, None
+        self.gated.close()
+        if scope is None:
+            return
+        run = scope.run
+        if run is None:
+            if note is None:
+                name = type(self.model).__name__
+                if self._patch is not None and self._patch.in_place:
+                    warn(f"{scope.what} made no call of {name}, so there was nothing to cache")
+                else:
+                    warn(
+                        f"{scope.what} made no call of the denoiser that fastercache saw: something replaced its "
+                        "forward since "
+                        "fastercache.compile; call fastercache.restore and compile again"
+                    )
+            return
+        if not run.finite_at_the_end(may_wait=bool(scope.what)):
+            why = f"the prediction of the last step of {type(self.model).__name__} is not finite, so the video is none"
+            run.notes.append(why)
+            warn(
+                f"{why}; see whether the uncached model gives one (fastercache.disabled), then look at the schedule's "
+                "coefficients"
+            )
+        self.last = summary_of(run, note)
+        if not run.plan.skips_nothing and note is None and run.done and not self.last.skipped_anything:
+            warn(f"schedule {run.plan.schedule.name!r} was meant to skip work, but nothing was skipped")
+
+    # ---- calls -------------------------------------------------------------------------------------------------------
+
+    def _at_model(self, original: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        if self in _DISABLED.get():
+            return original(*args, **kwargs)
+        arguments = dict(zip(self._parameters, args, strict=False)) | kwargs
+        if len(arguments) != len(args) + len(kwargs):
+            inspect.signature(original).bind(*args, **kwargs)  # says what is given twice, or is one too many
+        with self._lock:
+            self._leave_scope_of_dead_thread()
+            scope = self._block or self._scope_outside(arguments)
+            if scope is not None:
+                if not scope.mine:
+                    raise RunError(
+                        f"this {type(self.model).__name__} is in a run of another thread; a run owns its model until "
+                        "it ends"
+                    )
+                self._calling = scope.thread
+        if scope is None:
+            return original(*args, **kwargs)
+        try:
+            output = self._call(scope, original, arguments)
+        except BaseException:
+            if not scope.what:
+                self._end(f"ended by an error after {scope.position} steps")
+            raise
+        finally:
+            self._calling = None
+        scope.last_call = time.monotonic()
+        if not scope.what and scope.run is not None and scope.run.done:
+            scope.timesteps.finish(len(scope.run))
+            self._end(None)
+        return output
+
+    def _call(self, scope: Scope, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        # Asked first: asking all parameters takes longer than the rest of a step's work.
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise RunError(
+                "a cached run keeps no graph, so gradients would be wrong: call the model under torch.no_grad(), or "
+                "inside "
+                "fastercache.disabled"
+            )
+        if scope.failed is not None:
+            raise RunError(f"this run was ended by an error ({scope.failed}); begin a new one")
+        try:
+            if scope.run is None:
+                self.host.settle(
+                    original, arguments, None if self.gated.graphs is None else self.gated.graphs.options.backend
+                )
+                scope.run = self._begin(scope.describe(), arguments)
+            if self._on_phase is not None:
+                self._warm_up(scope.run, original, arguments)
+            return scope.run.call(original, arguments)
+        except BaseException as error:
+            scope.failed = f"{type(error).__name__}: {error}"
+            if scope.run is not None:
+                scope.run.close()
+            self.gated.close()
+            refusal = self.host.refusal(error)
+            if refusal is not None:
+                raise refusal from error
+            raise
+
+    def _scope_outside(self, arguments: dict[str, Any]) -> Scope | None:
+        """The scope a call outside any block belongs to: every `steps` calls are one, unless a call shows that the run
+        before was left."""
+        if self.default is None:
+            if not self._said_uncached:
+                self._said_uncached = True
+                warn(
+                    f"{type(self.model).__name__} was called outside a run, so it ran uncached: call its pipeline, "
+                    "enter "
+                    "fastercache.run(model, steps=..., cfg=...), or compile with steps= and cfg="
+                )
+            return None
+        timestep = read(arguments.get(self.family.time))
+        if (scope := self._scope) is not None and (why := self._why_left(scope, arguments, timestep)) is not None:
+            self._leave_unfinished(f"{why}, so a new run begins")
+        if self._scope is None:
+            default = self.default
+            self._scope = Scope(lambda: default, self._habits)
+        self._scope.timesteps.follow(timestep, self._scope.position)
+        return self._scope
+
+    def _why_left(self, scope: Scope, arguments: dict[str, Any], timestep: Reading) -> str | None:
+        """Why a call outside any block cannot be the next of this run, or `None`. After a long pause it warns that the
+        run goes on."""
+        if not scope.mine:
+            return "its thread has ended"
+        if scope.run is not None and input_key(self.gated, arguments) != scope.run.key:
+            return "the next call has inputs of another shape, dtype or device"
+        name = type(self.model).__name__
+        between = scope.run is not None and scope.run.guidance.between_calls
+        if scope.timesteps.goes_back(timestep, scope.position, between):
+            return (
+                f"the timestep went back or began again; compile {name} with the number of steps that its loops have, "
+                "or enter "
+                "fastercache.run(model, steps=..., cfg=...) around each loop"
+            )
+        pause = 0.0 if scope.last_call is None else time.monotonic() - scope.last_call
+        if pause > max(LONG_PAUSE, 20 * scope.longest_pause):
+            warn(
+                f"a run of {name} goes on at step {scope.position + 1} of {scope.steps}, {pause:.0f} s after its last "
+                "call: if this "
+                "is another video, call fastercache.release before it, or enter fastercache.run(model, steps=..., "
+                "cfg=...) "
+                "around each loop"
+            )
+        scope.longest_pause = max(scope.longest_pause, pause)
+        return None
+
+
+def _check_frames(spec: RunSpec, model: nn.Module, latents: torch.Tensor) -> None:
+    """`RunError` for a pipeline that samples a video in several loops, each of as many calls as a run has."""
+    caller, channels = spec.caller, getattr(getattr(model, "config", None), "in_channels", None)
+    if caller is None or caller.frames is None or latents.dim() != 5 or channels not in latents.shape[1:3]:
+        return
+    frames = latents.shape[2 if latents.shape[1] == channels else 1]
+    if frames < caller.frames:
+        raise RunError(
+            f"the video has {caller.frames} latent frames, but this call {frames}: the pipeline samples it in several "
+            "loops, and a call "
+            "of a pipeline is one run of the schedule; ask for fewer frames, or run inside fastercache.disabled. "
+            f"{caller.without(spec.steps, spec.layout.name)}"
+        )

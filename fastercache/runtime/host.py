@@ -1,0 +1,44 @@
+"""What the runtime asks of the library that a model comes from, as an interface: `fastercache.host` is diffusers' side
+of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from fastercache.schedule.branches import Branch, BranchLayout
+
+
+class Host(Protocol):
+    """notes: what the summary says about it. label: what the host calls the call that is being made, `None` where it
+    says nothing."""
+
+    @property
+    def notes(self) -> list[str]: ...
+
+    @property
+    def label(self) -> str | None: ...
+
+    @property
+    def attention_backends(self) -> tuple[str, ...]:
+        """What the model's attention runs on now: graphs depend on it."""
+
+    def settle(self, original: Callable[..., Any], arguments: Mapping[str, Any], backend: Any) -> None:
+        """Before a run: make a choice that waits for the first call, as the timing of attention backends does."""
+
+    def check_label(self, layout: BranchLayout, branch: Branch | None, remedy: str | None) -> None:
+        """`RunError` if the host says of a call what does not fit the layout.
+
+        branch: the one that the call is to be, of two calls. remedy: what a pipeline's user can do, who cannot declare
+            the layout.
+        """
+
+    def refusal(self, error: BaseException) -> Exception | None:
+        """A better error to raise for one that came out of the model."""
+
+    def natively(self) -> AbstractContextManager[None]:
+        """Inside, attention runs on what a count of operations knows."""
+
+    def detach(self) -> None:
+        """Give the model back what was its own."""
