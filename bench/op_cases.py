@@ -558,9 +558,8 @@ def skipped_step_case(device: str, dtype: torch.dtype, shape: tuple[int, ...] = 
     way.
 
     Both FFT forms compute in float32 and are given the two stored spectra. `as released` does what the authors' code
-    and diffusers' do
-    at every such step: it shifts the spectrum, makes the mask anew and shifts back. The eager form is the best plain
-    one: no shifts, and a mask made beforehand.
+    and diffusers' do at every such step: it shifts the spectrum, makes the mask anew and shifts back. The eager form is
+    the best plain one: no shifts, and a mask made beforehand.
     """
     template = next(cfg_cases(f"CogVideoX {str(dtype).removeprefix('torch.')}", shape, dtype, device))
     mask, planes = low_band(shape, device), (-2, -1)

@@ -1,10 +1,10 @@
 """What a change costs or saves the host: this checkout against another revision, `python -m bench.steps --against REV`.
 
 Both are measured in turns on one machine, each in a process of its own (`bench.steps_worker`), so that what slows the
-machine down slows
-both: the engine's microseconds a step, the dispatch of the ops, the seconds of compiling a small model's phases, the
-seconds of a clip of "shapes". REV is checked out in a temporary folder and built as this checkout is, or given its
-libraries where their sources are the same. The machine should be idle; the load at the start is in the report.
+machine down slows both: the engine's microseconds a step, the dispatch of the ops, the seconds of compiling a small
+model's phases, the seconds of a clip of "shapes". REV is checked out in a temporary folder and built as this checkout
+is, or given its libraries where their sources are the same. The machine should be idle; the load at the start is in
+the report.
 """
 
 from __future__ import annotations

@@ -21,9 +21,8 @@ class Replayed:
     """A backend of torch.compile that uses memory as Inductor's CUDA graphs do.
 
     A tensor whose address is not known to be static is copied to a place of its own before a replay, and must not be
-    written to. Outputs
-    lie at the same addresses in every replay, and the memory is shared: a replay of any graph overwrites what the last
-        one gave.
+    written to. Outputs lie at the same addresses in every replay, and the memory is shared: a replay of any graph
+    overwrites what the last one gave.
     """
 
     def __init__(self) -> None:

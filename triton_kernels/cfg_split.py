@@ -6,9 +6,8 @@ a cutoff (Eq. 6-8):
     d = uncond - cond,      low = P d,      high = d - low
 
 where `P` keeps the Fourier modes with `ky^2 + kx^2 <= radius^2`. The disc is symmetric in ky and in kx, so `P` maps
-real planes to real
-planes and no complex number is needed: take the orthonormal *real* Fourier basis `B_n` of n points up to frequency r, n
-x (2r + 1), with
+real planes to real planes and no complex number is needed: take the orthonormal *real* Fourier basis `B_n` of n points
+up to frequency r, n x (2r + 1), with
 
     1 / sqrt(n),   sqrt(2 / n) cos(2 pi k j / n),   sqrt(2 / n) sin(2 pi k j / n)        k = 1 .. r
 
@@ -21,13 +20,11 @@ computed.
 
 The kernel gives one program a whole plane, and walks it twice in tiles: first to gather the spectrum, which is small
 and stays in registers, then to subtract what it stands for. The second reading of a tile finds it in the cache.
-`tl.dot` takes its operands through
-shared memory and registers, so the tiles bound both: 20 KiB, and at most 128 registers a thread, at 60 x 90 and radius
-12. Two programs then fit a multiprocessor, and an H100 works on all 208 planes of CogVideoX's latent at once. `tl.dot`
-wants sizes that are powers of two
-and at least 16: tiles at the border, and bases, are padded with zeros, which add nothing. `input_precision="ieee"`
-keeps the products in
-float32: the default, TF32, has 10 bits of mantissa.
+`tl.dot` takes its operands through shared memory and registers, so the tiles bound both: 20 KiB, and at most 128
+registers a thread, at 60 x 90 and radius 12. Two programs then fit a multiprocessor, and an H100 works on all 208
+planes of CogVideoX's latent at once. `tl.dot` wants sizes that are powers of two and at least 16: tiles at the border,
+and bases, are padded with zeros, which add nothing. `input_precision="ieee"` keeps the products in float32: the
+default, TF32, has 10 bits of mantissa.
 
 Larger planes, higher cutoffs and float64 go to torch.fft, which is cuFFT on CUDA: a program runs on one multiprocessor,
 which is little for a plane that large.

@@ -1,8 +1,8 @@
 """What a device has room for: its free memory, less what a step of the model takes, less a margin.
 
 Read once a run, where no limit was given. What a step takes is counted on shapes alone (a second or two for a large
-model), and only where
-the caches would take more than a quarter of what is free: a small run pays some reads of counters.
+model), and only where the caches would take more than a quarter of what is free: a small run pays some reads of
+counters.
 """
 
 from __future__ import annotations

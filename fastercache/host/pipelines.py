@@ -59,8 +59,7 @@ def attach(pipeline: Any, engines: Mapping[str, Engine]) -> None:
     """Make every call of the pipeline one run of its denoisers' engines, given by the names of their components.
 
     Python looks `__call__` up on the class, so the pipeline gets a class of its own with the same name. A run thus
-    begins and ends with
-    the call, whatever happens inside it: an exception or an interrupt leaves nothing behind.
+    begins and ends with the call, whatever happens inside it: an exception or an interrupt leaves nothing behind.
     """
     original, several = _own_class(pipeline), len(engines) > 1
     engines = dict(engines)

@@ -24,9 +24,8 @@ class ForwardPatch:
     though, hides the original's signature, which diffusers asks whole models for.
 
     accelerate and diffusers keep the forward they wrap and put that back whenever hooks are renewed, which model
-    offloading does after
-    every call of the pipeline and group offloading with every LoRA: a patch on top would be lost there, so it goes
-        underneath.
+    offloading does after every call of the pipeline and group offloading with every LoRA: a patch on top would be lost
+    there, so it goes underneath.
     """
 
     def __init__(self, module: nn.Module, around: Around, *, traced: bool = False):

@@ -96,8 +96,7 @@ def count_sites(plan: Plan, steps_done: int) -> tuple[SiteSteps, ...]:
     """Tally the steps made by branch and kind of site.
 
     Sites of one kind that do the same are one entry; where others of the kind differ, it has its layers, as in
-    `mlp[14:43]`. Blocks and the
-    stack are left out where they are never reused: what lies inside them says it all.
+    `mlp[14:43]`. Blocks and the stack are left out where they are never reused: what lies inside them says it all.
     """
     groups: dict[tuple[str, tuple[Action, ...]], list[int]] = {}
     modes = [None if step.phase is None else plan.phases[step.phase].modes for step in plan.steps[:steps_done]]

@@ -1,9 +1,8 @@
 """One compiled graph for each phase of a schedule: torch.compile with nothing decided inside.
 
 Dynamo keeps the graphs of a function with the function's code object, and takes a change of phase for a recompilation
-of it. So each graph
-gets a code object of its own: a copy of `_forward`, whose phase never changes. What does change from step to step, the
-coefficients, is read from tensors.
+of it. So each graph gets a code object of its own: a copy of `_forward`, whose phase never changes. What does change
+from step to step, the coefficients, is read from tensors.
 """
 
 from __future__ import annotations

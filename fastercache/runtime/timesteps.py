@@ -2,9 +2,8 @@
 begins.
 
 The timesteps of a sampler move one way. One that moves back against a run's direction is the first of another run. It
-is read where that
-costs nothing: a number, or a tensor on the host. On a device it is not read, as the host would wait; but a loop over
-`scheduler.timesteps` hands out elements of one table, and their positions in it move one way too.
+is read where that costs nothing: a number, or a tensor on the host. On a device it is not read, as the host would wait;
+but a loop over `scheduler.timesteps` hands out elements of one table, and their positions in it move one way too.
 
 What this cannot tell, and `fastercache.run` can: timesteps that are new tensors on a device, are constant, or are not
 passed; a run left at its first step before any has been finished; and a run that takes up, further on, where another

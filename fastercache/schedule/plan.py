@@ -4,9 +4,8 @@ where.
 Pure Python, decided before the first step; the runtime, the cache, the FLOPs and the summary all read this one answer
 and decide nothing.
 Kept is what a later step reads: where the schedule never blends the unconditional branch, its results are not cached at
-all. A phase,
-though, does the same on each of its steps, so that one compiled graph serves it: if one of its steps stores a result,
-all do.
+all. A phase, though, does the same on each of its steps, so that one compiled graph serves it: if one of its steps
+stores a result, all do.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 them.
 
 A site is an interval of the model, from an entry to an exit. An attention or an MLP is one module: its output is what
-is kept. A block and
-the stack of all repeated blocks sit on the residual stream: kept is what they added to it, exit less entry. Sites nest:
-the stack holds the blocks, a block its attentions and its MLP. While a site is reused, the sites inside it idle.
+is kept. A block and the stack of all repeated blocks sit on the residual stream: kept is what they added to it, exit
+less entry. Sites nest: the stack holds the blocks, a block its attentions and its MLP. While a site is reused, the
+sites inside it idle.
 """
 
 from __future__ import annotations

@@ -29,9 +29,8 @@ FILL_CIRCLE_TRIANGLE = 0.65
 """Bounding-box fill between a triangle's (0.5) and a circle's."""
 UPPER_CIRCLE_TRIANGLE = 0.41
 """Share of an object in the upper half of its bounding box, between a triangle's (0.25, blurred up to 0.39) and a
-circle's (0.5). It tells
-shapes in the world with textures, whose pipeline blurs more: a blurred triangle loses its corners, and with them the
-box that it hardly fills."""
+circle's (0.5). It tells shapes in the world with textures, whose pipeline blurs more: a blurred triangle loses its
+corners, and with them the box that it hardly fills."""
 COLOURED = 0.3
 """Difference of the greatest and the least channel from which a pixel counts as coloured: less than half the least of
 the named colours."""
