@@ -165,20 +165,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     verdicts = bars(rows, formats, dispatch)
     copy = op_rows.copy_gbps(rows)
     body = [
-        f"{args.size / 1e6:g} MB a site, {CHANNELS} channels, {args.threads} torch threads; about {args.seconds:g} s a "
-        "case, in "
-        f"which the forms take turns. The load average was {load_before} at the start. A copy moves {copy or 0:.1f} "
-        "GB/s, counting bytes "
-        "read and written.",
+        f"{args.size / 1e6:g} MB a site, {CHANNELS} channels, {args.threads} torch threads; about {args.seconds:g} s "
+        f"a case, in which the forms take turns. The load average was {load_before} at the start. A copy moves "
+        f"{copy or 0:.1f} GB/s, counting bytes read and written.",
         "`of copy` is the time of a copy of the same bytes over ours, `vs` that of the best plain form over ours; "
-        "percentiles are over "
-        "rounds.",
+        "percentiles are over rounds.",
         op_rows.bar_table(verdicts),
         op_rows.table(rows),
         dispatch_table(dispatch),
         "The Gaussian test: the newest output A is standard normal, the one before it A and independent normal values "
-        "of rms "
-        f"{CHANGE:g}; {TOKENS} tokens, seed {SEED}. The blend is 2 A - B.",
+        f"of rms {CHANGE:g}; {TOKENS} tokens, seed {SEED}. The blend is 2 A - B.",
         format_table(formats),
         *notes,
     ]

@@ -140,9 +140,8 @@ def summary(document: dict[str, Any]) -> list[str]:
         else document["device"],
         "Served by: " + ", ".join(f"{op} {served[document['kind']]}" for op, served in document["ops"].items()) + ".",
         "`of copy` is the time of a copy of the same bytes over ours; `vs` the time of the best plain form over ours. "
-        "Times are means of a "
-        "round over rotating tensors, larger together than twice the last level of cache; their percentiles are over "
-        "rounds.",
+        "Times are means of a round over rotating tensors, larger together than twice the last level of cache; their "
+        "percentiles are over rounds.",
         op_rows.table(document["rows"]),
         dispatch.dispatch_table(document["dispatch"]),
     ]

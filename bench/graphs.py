@@ -390,14 +390,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     measured = ("engine_us_per_step", "cold_s", "uncached_cold_s", "warm_s", "error", "uncached_error", "growth_mb")
     body = [
-        f"The paper's schedule, {STEPS} steps, on {args.device}. `cold_s`: compiling all phases (`fastercache.warmup`) "
-        "with an empty cache "
-        "of the compiler; `warm_s`: the same in a second process; `uncached_cold_s`: the untouched model's first "
-        "compiled forward, with an "
-        "empty cache. `error`: largest difference of a compiled forward to the eager one over a cached run on the same "
-        "inputs; "
-        f"`uncached_error`: the same of the untouched model. `growth_mb`: memory in use after {args.runs} runs less "
-        "that after the "
+        f"The paper's schedule, {STEPS} steps, on {args.device}. `cold_s`: compiling all phases "
+        "(`fastercache.warmup`) with an empty cache of the compiler; `warm_s`: the same in a second process; "
+        "`uncached_cold_s`: the untouched model's first compiled forward, with an empty cache. `error`: largest "
+        "difference of a compiled forward to the eager one over a cached run on the same inputs; `uncached_error`: "
+        f"the same of the untouched model. `growth_mb`: memory in use after {args.runs} runs less that after the "
         "third.",
         report.table(
             (*columns, *measured),

@@ -193,15 +193,12 @@ def _of_model(model: str, about: dict[str, Any], dtype: str, rows: Sequence[Row]
     parts = [
         f"## {model}",
         f"{about['video']}, {about['steps']} steps of `{about['schedule']}`, {dtype}, random weights, the denoiser "
-        "alone. FLOPs ratio "
-        f"{counted['ratio']:.4f} ({counted['uncached'] / 1e15:.3f} to {counted['cached'] / 1e15:.3f} PFLOPs).",
+        f"alone. FLOPs ratio {counted['ratio']:.4f} ({counted['uncached'] / 1e15:.3f} to "
+        f"{counted['cached'] / 1e15:.3f} PFLOPs).",
         "`seconds` of a run: whole where one was timed, else `composed` of the medians of its phases. `error`: the "
-        "largest over a part of "
-        f"the schedule ({about['part_steps']} steps on given inputs), relative to the eager model's predictions; "
-        "`limit`: "
-        f"{ERROR_FACTOR:g} times what the eager model differs from a computation in higher precision. No factor is "
-        "given of a run whose "
-        "error is over it.",
+        f"largest over a part of the schedule ({about['part_steps']} steps on given inputs), relative to the eager "
+        f"model's predictions; `limit`: {ERROR_FACTOR:g} times what the eager model differs from a computation in "
+        "higher precision. No factor is given of a run whose error is over it.",
         configuration_table([row for row in rows if row["configuration"] != ATTENTION_ALONE or not row["correct"]]),
         report.table(
             ("factor", "times", "of the FLOPs ratio"),
@@ -219,8 +216,7 @@ def _of_model(model: str, about: dict[str, Any], dtype: str, rows: Sequence[Row]
     if about["difference"] is not None:
         parts.append(
             "The latents at the end of the compiled cached run differ from the uncached ones by "
-            f"{about['difference']:.3f} of their root "
-            "mean square. With random weights this says nothing of quality."
+            f"{about['difference']:.3f} of their root mean square. With random weights this says nothing of quality."
         )
     if about["attention"]:
         shape = about["attention"][0]["shape"]
@@ -243,9 +239,8 @@ def body_of(document: dict[str, Any], rehearsal: bool) -> list[str]:
         parts += [
             "## From end to end",
             "A part of each schedule with all its phases, eager, random weights. `right`: the first step equals the "
-            "untouched model bit "
-            "for bit, every prediction is finite, and the cache has the bytes that `fastercache.report.published` "
-            "predicts.",
+            "untouched model bit for bit, every prediction is finite, and the cache has the bytes that "
+            "`fastercache.report.published` predicts.",
             end_to_end_table(rows),
         ]
     parts += [

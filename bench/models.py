@@ -76,8 +76,8 @@ def time_limit(seconds: float) -> Iterator[None]:
 def attention_note(case: Case) -> str:
     if case.system.startswith("cogvideox"):
         return (
-            "CogVideoX calls `F.scaled_dot_product_attention` itself: diffusers' "
-            "`set_attention_backend` has no effect on it."
+            "CogVideoX calls `F.scaled_dot_product_attention` itself: diffusers' `set_attention_backend` has no "
+            "effect on it."
         )
     return "A configuration runs under one of them."
 

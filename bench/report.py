@@ -83,8 +83,8 @@ def write(
     known = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     gpu = f", {machine['gpu']}" if machine["gpu"] else ""
     footer = (
-        f"Made by `{command}` on {facts['date']} at commit `{facts['commit']}`; "
-        f"{machine['cpu']}, {machine['cores']} cores{gpu}; {known}."
+        f"Made by `{command}` on {facts['date']} at commit `{facts['commit']}`; {machine['cpu']}, {machine['cores']} "
+        f"cores{gpu}; {known}."
     )
     text = "\n\n".join([f"# {title}", *body, footer]) + "\n"
     document = {"title": title, "command": command, **facts, **data}

@@ -405,7 +405,6 @@ def described(steps: int, asked: int, pairs: int, pipeline: str = "shapes") -> s
     seeds = f"seeds {FIRST_HELD_OUT_SEED} to {FIRST_HELD_OUT_SEED + pairs - 1}"
     return (
         f'{pairs} held-out (prompt, seed) pairs{short} of the embedded pipeline "{pipeline}": {seeds}, '
-        "prompts cycling over all "
-        f"{len(embedded.world.scenes)} scenes; {steps} steps, guidance {embedded.guidance_scale}, one prompt a call, "
-        "float32 on the CPU."
+        f"prompts cycling over all {len(embedded.world.scenes)} scenes; {steps} steps, guidance "
+        f"{embedded.guidance_scale}, one prompt a call, float32 on the CPU."
     )

@@ -19,8 +19,8 @@ from fastercache.schedule.policies import Policy
 
 PAPER_SOURCE = (
     'The column "paper" holds the published PSNR in dB (FasterCache, arXiv 2410.19355, ablation tables; '
-    "Open-Sora, 48 frames, 480P): "
-    "another model and other clips, so the order of the variants can be compared and the values cannot."
+    "Open-Sora, 48 frames, 480P): another model and other clips, so the order of the variants can be compared and the "
+    "values cannot."
 )
 DEFAULT = "paper schedule"
 
@@ -152,13 +152,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     body = [
         shapes.described(args.steps, args.pairs, n),
-        "PSNR and SSIM are means over clips, each against the uncached clip of the same pair. A difference is the mean "
-        "over pairs of a "
-        "variant's PSNR less that of the paper's schedule, with a 95 % t interval over pairs; the verdict compares its "
-        "sign with that of "
-        f"the published difference. The {comparisons} intervals are not adjusted for their number. The FLOPs ratio is "
-        "uncached over "
-        "cached, of the denoiser.",
+        "PSNR and SSIM are means over clips, each against the uncached clip of the same pair. A difference is the "
+        "mean over pairs of a variant's PSNR less that of the paper's schedule, with a 95 % t interval over pairs; "
+        f"the verdict compares its sign with that of the published difference. The {comparisons} intervals are not "
+        "adjusted for their number. The FLOPs ratio is uncached over cached, of the denoiser.",
         PAPER_SOURCE,
     ]
     for title, rows in groups.items():

@@ -50,10 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     body = [
         shapes.described(args.steps, args.pairs, n),
         "PSNR and SSIM are means over clips of the paper's schedule, each against the uncached clip of the same pair. "
-        "PSNR lost is the "
-        "mean over pairs of the lossless format's PSNR (float32 here) less the row's, with a 95 % t interval; the bar "
-        "is 0.1 dB for int8. "
-        "Bytes are the whole run's, with the maps of CFG-Cache, which are float32 in every format.",
+        "PSNR lost is the mean over pairs of the lossless format's PSNR (float32 here) less the row's, with a 95 % t "
+        "interval; the bar is 0.1 dB for int8. Bytes are the whole run's, with the maps of CFG-Cache, which are "
+        "float32 in every format.",
         report.table(
             ("format", "cache (MB)", "PSNR (dB)", "SSIM", "PSNR lost (dB)", "95 % interval", "verdict"), cells
         ),

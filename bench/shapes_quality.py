@@ -128,8 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         *score_tables(rows, against, parts),
         bar_table(verdicts),
         f"Cached clips (the paper's schedule, FLOPs ratio of the denoiser {clips['cached'].facts['flops_ratio']:.3f}) "
-        "against the uncached "
-        "clips of the same pairs.",
+        "against the uncached clips of the same pairs.",
         likeness_table(likeness),
     ]
     data = {
@@ -167,8 +166,7 @@ def score_tables(rows: Sequence[dict[str, Any]], against: dict[str, dict[str, An
         "together.",
         report.table(("variant", *titles), [(row["variant"], *(share(row[part]) for part in parts)) for row in rows]),
         "Difference to uncached over the same pairs, in points, with 95 % intervals (Newcombe's method for paired "
-        "proportions); p is of "
-        "McNemar's exact test of the first.",
+        "proportions); p is of McNemar's exact test of the first.",
         report.table(
             ("variant", *titles, "p"),
             [

@@ -180,8 +180,7 @@ def check_served(served: Mapping[str, Mapping[str, str]]) -> None:
         if ops[op] != others[op]:
             raise SystemExit(
                 f"{op} is served by {ops[op]} in {one} and by {others[op]} in {other}; build both (pip install "
-                "--no-build-isolation -e .), "
-                "or neither with FASTERCACHE_BUILD=0 and no library in fastercache/"
+                "--no-build-isolation -e .), or neither with FASTERCACHE_BUILD=0 and no library in fastercache/"
             )
 
 
@@ -229,16 +228,13 @@ def body_of(
     quick = ["A trial with few repeats and small models: no figure here says anything."] if about["quick"] else []
     return [
         *quick,
-        f"Old is `{about['old_commit']}`, new is `{about['new_commit']}`, measured in turns, {about['rounds']} rounds, "
-        f"{about['threads']} "
-        "torch threads on the CPU. Each figure is the median over the rounds; `rounds` are the least and the largest "
-        "ratio of one round. "
-        f"`engine`: the host's work of a step around a model that does nothing, runs of {about['run_steps']} steps; "
-        "`eager step`: all of a step of CogVideoX with narrow blocks; `compiling`: `fastercache.warmup` of "
-        f"CogVideoX with {about['layers']} narrow blocks by regions, backend {about['backend']}, with an empty cache "
-        "of the compiler; "
-        f"`shapes`: a clip of {about['steps']} steps. The load average was {about['load_average_before']} at the "
-        "start.",
+        f"Old is `{about['old_commit']}`, new is `{about['new_commit']}`, measured in turns, {about['rounds']} "
+        f"rounds, {about['threads']} torch threads on the CPU. Each figure is the median over the rounds; `rounds` "
+        "are the least and the largest ratio of one round. `engine`: the host's work of a step around a model that "
+        f"does nothing, runs of {about['run_steps']} steps; `eager step`: all of a step of CogVideoX with narrow "
+        f"blocks; `compiling`: `fastercache.warmup` of CogVideoX with {about['layers']} narrow blocks by regions, "
+        f"backend {about['backend']}, with an empty cache of the compiler; `shapes`: a clip of {about['steps']} "
+        f"steps. The load average was {about['load_average_before']} at the start.",
         report.table(
             ("figure", "old", "new", "new / old", "rounds"),
             [

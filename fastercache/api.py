@@ -190,9 +190,8 @@ def warmup(target: T, *args: Any, progress: bool = True, **kwargs: Any) -> T:
     if not pipelines.is_pipeline(target) and not engines[0].knows_its_runs:
         raise CompileError(
             "fastercache.warmup would compile nothing: this denoiser does not know how long its runs are; compile it "
-            "with steps= and cfg=, "
-            "or warm it up inside a block of its own: with fastercache.run(model, steps=..., cfg=...): "
-            "fastercache.warmup(model, ...)"
+            "with steps= and cfg=, or warm it up inside a block of its own: with fastercache.run(model, steps=..., "
+            "cfg=...): fastercache.warmup(model, ...)"
         )
     with Progress(disable=not progress, transient=True) as bar:
         for engine in engines:
@@ -202,8 +201,7 @@ def warmup(target: T, *args: Any, progress: bool = True, **kwargs: Any) -> T:
     if not any(engine.warmed_up for engine in engines):
         raise CompileError(
             f"fastercache.warmup compiled nothing: the call of this {type(target).__name__} ended before any of its "
-            "denoiser; give it the "
-            "arguments of the calls to come, at least one step among them"
+            "denoiser; give it the arguments of the calls to come, at least one step among them"
         )
     return target
 

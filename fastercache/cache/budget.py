@@ -94,14 +94,13 @@ class CacheBudget:
                 f"{plan.format}: {plan.bytes:,} bytes would fit" for plan in others if self._fits(plan, device, limit)
             ]
             own = (
-                "free memory of the device (offload the pipeline's other parts), set "
-                "max_cache_bytes to decide yourself, "
+                "free memory of the device (offload the pipeline's other parts), set max_cache_bytes to decide "
+                "yourself, "
             )
             remedy, what = own if self.max_bytes is None else "raise the limit, ", limit.why
         raise CacheError(
-            f"no cache fits {what} ({'; '.join(found)}); {remedy}choose another format, reuse fewer sites or layers (a "
-            "schedule's "
-            "selectors, as in 'attention[10:]'), or make the video smaller"
+            f"no cache fits {what} ({'; '.join(found)}); {remedy}choose another format, reuse fewer sites or layers "
+            "(a schedule's selectors, as in 'attention[10:]'), or make the video smaller"
         )
 
     def _limit(self, wanted: int, kept: int, room: RoomOf) -> Limit | None:
@@ -166,8 +165,7 @@ class Caches:
         if dropped:
             notes.append(
                 f"{dropped} kept cache{'s' * (dropped > 1)} of other kinds of runs made room for this one's: their "
-                "CUDA graphs are "
-                "recorded again when they come back "
+                "CUDA graphs are recorded again when they come back "
                 f"({'max_cache_bytes' if self.budget.max_bytes is not None else 'the memory'} allows "
                 f"{len(self._kept) + 1} kind{'s' * bool(self._kept)} of runs at once)"
             )

@@ -50,8 +50,7 @@ def room(device: torch.device, wanted: int, kept: int, activations: Callable[[],
     return Limit(
         left,
         f"the {gigabytes(left)} left on {device} ({gigabytes(free)} are free; a step takes {gigabytes(needed)}, "
-        f"{source}; "
-        f"{gigabytes(margin)} are a margin)",
+        f"{source}; {gigabytes(margin)} are a margin)",
     )
 
 

@@ -203,8 +203,7 @@ class Attention:
             return None
         return CompileError(
             f"{type(self.model).__name__} does not run on the attention backend {' and '.join(map(repr, other))}: "
-            f"{_reason(error)}; choose "
-            "another, such as 'native', by attention_backend= or model.set_attention_backend"
+            f"{_reason(error)}; choose another, such as 'native', by attention_backend= or model.set_attention_backend"
         )
 
     def settle(

@@ -64,8 +64,8 @@ class CallLabels:
         if label not in ("cond", "uncond", BATCH, None):
             raise RunError(
                 f"the pipeline labels this call {label!r}, which is neither the conditional nor the unconditional "
-                "branch: guidance by a "
-                "third one is not supported; switch that kind of guidance off, or run inside fastercache.disabled"
+                "branch: guidance by a third one is not supported; switch that kind of guidance off, or run inside "
+                "fastercache.disabled"
             )
         remedy = remedy or "Declare the order that it has (cfg=...), and begin a new run"
         if branch is not None:
@@ -77,6 +77,5 @@ class CallLabels:
         if wrong:
             raise RunError(
                 f"the pipeline labels this call {label!r}, but with guidance laid out as {layout.name!r} it would be "
-                f"{expected}; the rows of a "
-                f"call of one branch are prompts, never branches. {remedy}"
+                f"{expected}; the rows of a call of one branch are prompts, never branches. {remedy}"
             )

@@ -146,8 +146,7 @@ class Family(ABC):
         if entry.shape[1:] != shape[1:]:
             raise RunError(
                 f"a residual stream of {self.name} is {list(entry.shape)} at its entry and {list(shape)} at its exit, "
-                "and their difference "
-                "cannot be kept; leave 'block' and 'stack' out of the schedule"
+                "and their difference cannot be kept; leave 'block' and 'stack' out of the schedule"
             )
         return entry
 
@@ -225,8 +224,8 @@ class Family(ABC):
             if any(isinstance(part, torch.Tensor) and part.dim() and len(part) == batch for part in parts):
                 raise RunError(
                     f"argument {name!r} holds tensors of {batch} rows, as many as the batch has, inside a "
-                    f"{type(value).__name__}, and they "
-                    "cannot be split in branches; use the policy 'dynamic-only', whose calls run both"
+                    f"{type(value).__name__}, and they cannot be split in branches; use the policy 'dynamic-only', "
+                    "whose calls run both"
                 )
 
     def countable(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -255,8 +254,7 @@ class Family(ABC):
         if isinstance(output, tuple) and len(output) > 1:
             raise RunError(
                 f"this model of family {self.name} gives {len(output)} values, and a step that runs nothing can stand "
-                "in for the first alone; "
-                "leave such steps out of the schedule"
+                "in for the first alone; leave such steps out of the schedule"
             )
         return self.with_prediction(output, self.prediction(output).new_empty(0))
 

@@ -68,8 +68,8 @@ class LTXVideo(Family):
         if frames * height * width != tokens:
             raise RunError(
                 f"{tokens} packed tokens, but num_frames, height, width are {frames}, {height}, {width}; CFG-Cache "
-                "needs the "
-                "latent planes: pass extents whose product is the number of tokens, or use the policy 'dynamic-only'"
+                "needs the latent planes: pass extents whose product is the number of tokens, or use the policy "
+                "'dynamic-only'"
             )
         return frames, height, width
 

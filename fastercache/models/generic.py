@@ -40,9 +40,9 @@ class Generic(Family):
             return LAYOUTS["none"]
         if label not in LABELLED:
             raise UnsupportedModelError(
-                f"{type(pipeline).__name__} does not say how it lays out guidance: its call is labelled {label!r}, and "
-                "known labels are "
-                f"{', '.join(map(repr, LABELLED))}; compile its denoiser with steps= and cfg= instead"
+                f"{type(pipeline).__name__} does not say how it lays out guidance: its call is labelled {label!r}, "
+                f"and known labels are {', '.join(map(repr, LABELLED))}; compile its denoiser with steps= and cfg= "
+                "instead"
             )
         return LAYOUTS[LABELLED[label]]
 
@@ -88,9 +88,8 @@ class Generic(Family):
         if any(shape[0] != batch for shape in shapes):
             found = ", ".join(str(list(shape)) for shape in shapes)
             raise UnsupportedModelError(
-                f"{site.exit_path} of {type(model).__name__} gives {found} for a batch of {batch}; a model of no known "
-                "family must give a "
-                "row for each element of the batch"
+                f"{site.exit_path} of {type(model).__name__} gives {found} for a batch of {batch}; a model of no "
+                "known family must give a row for each element of the batch"
             )
         return shapes
 

@@ -101,10 +101,8 @@ def refuse_offloading_inside(
                 )
                 raise CompileError(
                     f"{type(model).__name__}: {what} moves the weights of {path!r} inside {type(module).__name__}, "
-                    "which is compiled as "
-                    "one graph, and cannot be traced; offload in larger parts (enable_model_cpu_offload, "
-                    f"{block_level}), or compile "
-                    "with backend=None"
+                    "which is compiled as one graph, and cannot be traced; offload in larger parts "
+                    f"(enable_model_cpu_offload, {block_level}), or compile with backend=None"
                 )
 
 
@@ -125,11 +123,9 @@ def refuse_others_at_work(model: nn.Module, modules: Sequence[nn.Module] | None 
     if own is not model or any(part._compiled_call_impl is not None for part in modules):
         raise CompileError(
             f"{type(own).__name__} is compiled by torch already, and the schedule cannot reach inside its graphs; "
-            "compile by fastercache "
-            "instead: fastercache.compile(..., backend='inductor') on the model as it was. For a wrapped model that is "
-            "model._orig_mod; "
-            "after model.compile() or compile_repeated_blocks(), load it again, or undo them: "
-            "for part in model.modules(): part._compiled_call_impl = None"
+            "compile by fastercache instead: fastercache.compile(..., backend='inductor') on the model as it was. For "
+            "a wrapped model that is model._orig_mod; after model.compile() or compile_repeated_blocks(), load it "
+            "again, or undo them: for part in model.modules(): part._compiled_call_impl = None"
         )
     if getattr(model, "is_cache_enabled", False):
         raise CompileError(

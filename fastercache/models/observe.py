@@ -43,14 +43,14 @@ class ObservedShapes:
             if [shape[1:] for shape in entry] != [shape[1:] for shape in shapes]:
                 raise UnsupportedModelError(
                     f"the {site.node} of {self.model} takes residual streams of {_listed(entry)} and gives "
-                    f"{_listed(shapes)}, and their "
-                    f"difference cannot be kept; leave {site.kind!r} out of the schedule's sites"
+                    f"{_listed(shapes)}, and their difference cannot be kept; leave {site.kind!r} out of the "
+                    "schedule's sites"
                 )
         if any(shape[0] % self.batch for shape in shapes):
             raise UnsupportedModelError(
                 f"{site.path or 'the stack'} of {self.model} gives {_listed(shapes)} for a batch of {self.batch}; a "
-                "site must give as many "
-                f"rows for each element of the batch; leave {site.kind!r} out of the schedule's sites"
+                f"site must give as many rows for each element of the batch; leave {site.kind!r} out of the "
+                "schedule's sites"
             )
         return shapes
 
@@ -60,9 +60,8 @@ class ObservedShapes:
             raise UnsupportedModelError(f"{self.model} did not run {path} in this call; a site must run in every one")
         if len(found) > 1:
             raise UnsupportedModelError(
-                f"{path} of {self.model} runs {len(found)} times in a call, and only one output of a site can be kept; "
-                f"leave {site.kind!r} "
-                "out of the schedule's sites"
+                f"{path} of {self.model} runs {len(found)} times in a call, and only one output of a site can be "
+                f"kept; leave {site.kind!r} out of the schedule's sites"
             )
         return found[0]
 

@@ -72,8 +72,8 @@ def block_of(path: str, module: nn.Module, streams: Sequence[str] | int, live: i
     if missing or not names:
         raise UnsupportedModelError(
             f"{type(module).__name__}.forward takes {', '.join(parameters) or 'nothing'}, but not "
-            f"{', '.join(missing) or 'a stream'}, which "
-            "its family takes for a residual stream; blocks cannot be reused here"
+            f"{', '.join(missing) or 'a stream'}, which its family takes for a residual stream; blocks cannot be "
+            "reused here"
         )
     found = returned_names(forward)
     if found is None or not set(names) <= set(found):
@@ -81,8 +81,7 @@ def block_of(path: str, module: nn.Module, streams: Sequence[str] | int, live: i
     if len(found) != len(names):
         raise UnsupportedModelError(
             f"{type(module).__name__}.forward returns {', '.join(found)}, and its residual streams are "
-            f"{', '.join(names)}; what it returns "
-            "besides cannot be reused"
+            f"{', '.join(names)}; what it returns besides cannot be reused"
         )
     return Block(
         path,

@@ -33,8 +33,8 @@ def _load(name: str, what: str) -> str | None:
         built = re.search(rb"fastercache built with torch ([\d.]+)", paths[0].read_bytes())
         version = built[1].decode() if built else "an unknown version"
         return (
-            f"{paths[0].name} was built with torch {version} and does not load with the "
-            f"installed torch {torch.__version__}: {error}"
+            f"{paths[0].name} was built with torch {version} and does not load with the installed torch "
+            f"{torch.__version__}: {error}"
         )
     return None
 

@@ -177,8 +177,7 @@ class Engine:
         if layout.guided and batch % 2:
             raise RunError(
                 f"a batch of {batch} cannot be split in two branches: with guidance ({layout.name}) a call holds one "
-                "row of each branch for "
-                "every prompt; pass an even batch, or cfg='none' for a model without guidance"
+                "row of each branch for every prompt; pass an even batch, or cfg='none' for a model without guidance"
             )
         plan = self.plan_for(spec)
         if layout.guided and not layout.two_calls and any(step.rebuild for step in plan.steps):
@@ -235,8 +234,7 @@ class Engine:
             step = next(number for number in range(len(plan.steps)) if plan.action(index, number) == "blend")
             raise UnsupportedModelError(
                 f"schedule {plan.schedule.name!r}, step {step + 1} reuses the {site.node} of "
-                f"{type(self.model).__name__}, which is not "
-                f"possible: {error}"
+                f"{type(self.model).__name__}, which is not possible: {error}"
             ) from error
 
     def _prepare(self, plan: Plan, planned: CachePlan, dtype: torch.dtype, device: torch.device) -> bool:
@@ -293,9 +291,8 @@ class Engine:
         if len(devices) > 1:
             raise RunError(
                 f"this {type(self.model).__name__} is spread over {len(devices)} devices ({', '.join(devices)}), and "
-                "the caches of a run lie "
-                "on one; load it without a device_map, on one device, or offload what does not fit "
-                "(enable_model_cpu_offload)"
+                "the caches of a run lie on one; load it without a device_map, on one device, or offload what does "
+                "not fit (enable_model_cpu_offload)"
             )
         return self.gated.check(modules)
 
@@ -342,8 +339,8 @@ class Engine:
             set_count = "" if calls else f"set the run's step count to {len(schedule)}, or "
             raise ScheduleError(
                 f"schedule {schedule.name!r} has {len(schedule)} steps, but this run has {spec.steps}{calls}; "
-                f"{set_count}compile with a "
-                f"policy, which fits any step count{f', or with a schedule of {spec.steps} steps' if calls else ''}"
+                f"{set_count}compile with a policy, which fits any step "
+                f"count{f', or with a schedule of {spec.steps} steps' if calls else ''}"
             )
         schedule = schedule if spec.part is None else schedule.part(*spec.part)
         return make_plan(schedule, spec.layout.guided, self.gated.tree, self.family.name)
@@ -367,8 +364,7 @@ class Engine:
                 where = "this thread" if self._block.mine else "another thread"
                 raise RunError(
                     f"a run of this {type(self.model).__name__} is already under way in {where}; let it end first, or "
-                    "compile a second "
-                    "copy of the model for a second run at the same time"
+                    "compile a second copy of the model for a second run at the same time"
                 )
             self._leave_unfinished("a run in a scope begins")
             scope = self._scope = Scope(describe, self._habits, what)
@@ -397,9 +393,9 @@ class Engine:
         name = type(self.model).__name__
         if not scope.mine and scope.thread.is_alive():
             raise RunError(
-                f"this {name} is in a run of another thread, which has made {scope.position} of {scope.steps} steps; a "
-                "run owns its model "
-                "until it ends: let it end, give it up by fastercache.release, or compile a second copy of the model"
+                f"this {name} is in a run of another thread, which has made {scope.position} of {scope.steps} steps; "
+                "a run owns its model until it ends: let it end, give it up by fastercache.release, or compile a "
+                "second copy of the model"
             )
         self._end(f"left after {scope.position} steps")
         warn(f"a run of {name} was left after {scope.position} of {scope.steps} steps: {why}")
@@ -465,8 +461,7 @@ class Engine:
                 else:
                     warn(
                         f"{scope.what} made no call of the denoiser that fastercache saw: something replaced its "
-                        "forward since "
-                        "fastercache.compile; call fastercache.restore and compile again"
+                        "forward since fastercache.compile; call fastercache.restore and compile again"
                     )
             return
         if not run.finite_at_the_end(may_wait=bool(scope.what)):
@@ -519,8 +514,7 @@ class Engine:
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.model.parameters()):
             raise RunError(
                 "a cached run keeps no graph, so gradients would be wrong: call the model under torch.no_grad(), or "
-                "inside "
-                "fastercache.disabled"
+                "inside fastercache.disabled"
             )
         if scope.failed is not None:
             raise RunError(f"this run was ended by an error ({scope.failed}); begin a new one")
@@ -551,8 +545,7 @@ class Engine:
                 self._said_uncached = True
                 warn(
                     f"{type(self.model).__name__} was called outside a run, so it ran uncached: call its pipeline, "
-                    "enter "
-                    "fastercache.run(model, steps=..., cfg=...), or compile with steps= and cfg="
+                    "enter fastercache.run(model, steps=..., cfg=...), or compile with steps= and cfg="
                 )
             return None
         timestep = read(arguments.get(self.family.time))
@@ -576,17 +569,14 @@ class Engine:
         if scope.timesteps.goes_back(timestep, scope.position, between):
             return (
                 f"the timestep went back or began again; compile {name} with the number of steps that its loops have, "
-                "or enter "
-                "fastercache.run(model, steps=..., cfg=...) around each loop"
+                "or enter fastercache.run(model, steps=..., cfg=...) around each loop"
             )
         pause = 0.0 if scope.last_call is None else time.monotonic() - scope.last_call
         if pause > max(LONG_PAUSE, 20 * scope.longest_pause):
             warn(
                 f"a run of {name} goes on at step {scope.position + 1} of {scope.steps}, {pause:.0f} s after its last "
-                "call: if this "
-                "is another video, call fastercache.release before it, or enter fastercache.run(model, steps=..., "
-                "cfg=...) "
-                "around each loop"
+                "call: if this is another video, call fastercache.release before it, or enter fastercache.run(model, "
+                "steps=..., cfg=...) around each loop"
             )
         scope.longest_pause = max(scope.longest_pause, pause)
         return None
@@ -601,7 +591,6 @@ def _check_frames(spec: RunSpec, model: nn.Module, latents: torch.Tensor) -> Non
     if frames < caller.frames:
         raise RunError(
             f"the video has {caller.frames} latent frames, but this call {frames}: the pipeline samples it in several "
-            "loops, and a call "
-            "of a pipeline is one run of the schedule; ask for fewer frames, or run inside fastercache.disabled. "
-            f"{caller.without(spec.steps, spec.layout.name)}"
+            "loops, and a call of a pipeline is one run of the schedule; ask for fewer frames, or run inside "
+            f"fastercache.disabled. {caller.without(spec.steps, spec.layout.name)}"
         )

@@ -51,9 +51,9 @@ class GatedModel:
         for site in self.sites:
             if site.module is not None and id(site.module) not in present:
                 raise CompileError(
-                    f"{site.path} of {type(self.model).__name__} was replaced after fastercache.compile, perhaps by an "
-                    "adapter around it, "
-                    "and what is cached would miss that; call fastercache.restore and compile again"
+                    f"{site.path} of {type(self.model).__name__} was replaced after fastercache.compile, perhaps by "
+                    "an adapter around it, and what is cached would miss that; call fastercache.restore and compile "
+                    "again"
                 )
         return self.graphs.begin_run(modules) if self.graphs is not None else None
 

@@ -67,10 +67,8 @@ class GraphOptions:
         chosen = f"mode={self.mode!r}" if self.mode is not None else f"backend={self.backend!r}"
         return (
             f"regional=True with {chosen}, which uses CUDA graphs here: a CUDA graph replays fixed addresses, and "
-            "every layer has "
-            "weights of its own; pass regional=False, or a mode without CUDA graphs ('default', "
-            "'max-autotune-no-cudagraphs'), and leave "
-            "torch._inductor.config.triton.cudagraphs off"
+            "every layer has weights of its own; pass regional=False, or a mode without CUDA graphs ('default', "
+            "'max-autotune-no-cudagraphs'), and leave torch._inductor.config.triton.cudagraphs off"
         )
 
     @property
@@ -191,8 +189,8 @@ class PhaseGraphs:
         if count <= 0:
             return None
         return (
-            f"{count} graphs were compiled again during the run: something in the model "
-            "changed (TORCH_LOGS=recompiles says what)"
+            f"{count} graphs were compiled again during the run: something in the model changed "
+            "(TORCH_LOGS=recompiles says what)"
         )
 
     def _recompilations(self) -> int:
@@ -250,9 +248,9 @@ class PhaseGraphs:
             return tree_map_only(torch.Tensor, torch.Tensor.clone, self.graph(None)(forward, (), arguments))
         except torch._dynamo.exc.FailOnRecompileLimitHit as error:
             raise CompileError(
-                f"a graph of {type(self.model).__name__} was compiled {torch._dynamo.config.recompile_limit} times, as "
-                "often as torch "
-                "allows: something in the model changes from step to step; backend=None runs it without graphs. What "
+                f"a graph of {type(self.model).__name__} was compiled {torch._dynamo.config.recompile_limit} times, "
+                "as often as torch allows: something in the model changes from step to step; backend=None runs it "
+                "without graphs. What "
                 f"torch says:\n{error}"
             ) from error
         except torch._dynamo.exc.RecompileError:  # of torch._dynamo.config.error_on_recompile

@@ -194,9 +194,8 @@ class TwoCalls(Guidance):
                 order = " and ".join(("a conditional", "an unconditional")[:: 1 if self.first == "cond" else -1])
                 raise RunError(
                     f"the two calls of step {number} have different {name}, but here a step is {order} call on the "
-                    "same "
-                    "latents: guidance was switched off in the middle, or a call left out; begin a new run (without "
-                    "guidance: cfg='none')"
+                    "same latents: guidance was switched off in the middle, or a call left out; begin a new run "
+                    "(without guidance: cfg='none')"
                 )
 
 

@@ -92,8 +92,7 @@ class Outputs:
         if latents is None:
             raise RunError(
                 f"a prediction of shape {list(shape)} and latents of {list(self.family.latents(arguments).shape)} do "
-                "not add up, so the "
-                f"schedule {self.plan.schedule.name!r} cannot use latents here; leave `now` and `newest` of its "
-                "predictions at 0"
+                f"not add up, so the schedule {self.plan.schedule.name!r} cannot use latents here; leave `now` and "
+                "`newest` of its predictions at 0"
             )
         return latents.to(self.cache.plan.dtype)

@@ -145,16 +145,16 @@ class Run:
                 f"{call}; a run ends when its `with fastercache.run(...)` block does"
                 if caller is None
                 else f"{call}: {caller.pipeline} samples in several loops, as for long videos, or "
-                f"calls {caller.component} more often than "
-                f"its num_timesteps says. {caller.without(len(self), self.layout.name)}"
+                f"calls {caller.component} more often than its num_timesteps says. "
+                f"{caller.without(len(self), self.layout.name)}"
             )
         key = input_key(self.gated, arguments)
         if key != self.key:
             shape, dtype, device = self.key
             raise RunError(
                 f"step {self.position + 1} has latents {list(key[0])} ({key[1]}, {key[2]}), but the run began with "
-                f"{list(shape)} "
-                f"({dtype}, {device}); guidance and shapes stay the same within a run, so begin a new one"
+                f"{list(shape)} ({dtype}, {device}); guidance and shapes stay the same within a run, so begin a new "
+                "one"
             )
         remedy = None if self.caller is None else self.caller.without(len(self), "none")
         self.host.check_label(self.layout, self.guidance.next_branch, remedy)
@@ -181,10 +181,8 @@ class Run:
                 shapes = " and ".join(str(list(call[names[0]].shape)) for call in (self.shapes, arguments))
                 raise RunError(
                     f"argument {names[0]!r} has shapes {shapes} in the two calls of step {self.position + 1}, so the "
-                    f"{site.node} gives "
-                    "results of two shapes, and both are to be cached; pad both texts to one length, or use the policy "
-                    "'cfg-only', "
-                    "which caches none"
+                    f"{site.node} gives results of two shapes, and both are to be cached; pad both texts to one "
+                    "length, or use the policy 'cfg-only', which caches none"
                 )
 
     def _step(self, original: Callable[..., Any], arguments: dict[str, Any], index: int) -> Any:

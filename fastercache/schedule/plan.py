@@ -254,8 +254,7 @@ def _actions_of(step: Step, sites: SiteTree, where: str) -> list[Action]:
             assert outer is not None
             raise ScheduleError(
                 f"{where} reuses the {site} inside the {sites[outer]}, which it reuses as well, so that the inner one "
-                "never runs; leave "
-                f"{naming[0]!r} out of this step's reuse, or the selector of the outer one"
+                f"never runs; leave {naming[0]!r} out of this step's reuse, or the selector of the outer one"
             )
         actions.append("idle" if inside else "blend" if naming else "compute")
     return actions
@@ -289,8 +288,7 @@ class _Draft:
                 if len(sources) > 1 and sources[0] != sources[1]:
                     raise ScheduleError(
                         f"{where} runs both branches and reuses the {site}, whose newest results are not of the same "
-                        "steps in both; let "
-                        "this step compute it"
+                        "steps in both; let this step compute it"
                     )
 
     def slots_of(self, i: int) -> int:
@@ -302,8 +300,7 @@ class _Draft:
             known = f"only {len(history)} of its results were" if history else "none of its results was"
             raise ScheduleError(
                 f"{where} blends {count} results of the {site} in the {names[branch]} branch, but {known} computed "
-                f"before; let {count} steps "
-                "compute it first (a site does not run while one around it is reused)"
+                f"before; let {count} steps compute it first (a site does not run while one around it is reused)"
             )
         for source in history[-count:]:
             self.needed[source].add(branch)

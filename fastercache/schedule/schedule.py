@@ -276,8 +276,6 @@ def _check_sources(where: str, text: str, step: Step, computed: list[list[int]])
     if len(computed) > 1 and computed[0][-needed:] != computed[1][-needed:]:
         raise ScheduleError(
             f"{where} runs both branches and reuses {text!r}, which steps {computed[0][-needed:]} computed for the "
-            "conditional branch and "
-            f"{computed[1][-needed:]} for the other: the unconditional features are too old to extrapolate; let it "
-            "compute every site "
-            "(reuse: [])"
+            f"conditional branch and {computed[1][-needed:]} for the other: the unconditional features are too old to "
+            "extrapolate; let it compute every site (reuse: [])"
         )
