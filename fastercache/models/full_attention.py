@@ -16,6 +16,11 @@ from fastercache.models.family import Family, block_parts
 from fastercache.models.site import Part, Site
 
 
+def _blocks_of(family: Family, model: nn.Module, blocks: str, mlp: str) -> list[Part]:
+    kinds = {"attn1": "joint", "attn2": "cross", mlp: "mlp"}
+    return block_parts(model, blocks, range(family.config(model).num_layers), kinds)
+
+
 class Allegro(Family):
     name = "Allegro"
     model_classes = ("AllegroTransformer3DModel",)
@@ -23,12 +28,7 @@ class Allegro(Family):
     idle_with = MappingProxyType({"attn1": ("norm1",), "ff": ("norm2",)})
 
     def parts(self, model: nn.Module) -> list[Part]:
-        return block_parts(
-            model,
-            "transformer_blocks",
-            range(self.config(model).num_layers),
-            {"attn1": "joint", "attn2": "cross", "ff": "mlp"},
-        )
+        return _blocks_of(self, model, "transformer_blocks", mlp="ff")
 
     def site_shapes(self, model: nn.Module, site: Site, arguments: Mapping[str, Any]) -> tuple[torch.Size, ...]:
         config = self.config(model)
@@ -50,12 +50,7 @@ class LTXVideo(Family):
     idle_with = MappingProxyType({"attn1": ("norm1",), "ff": ("norm2",)})
 
     def parts(self, model: nn.Module) -> list[Part]:
-        return block_parts(
-            model,
-            "transformer_blocks",
-            range(self.config(model).num_layers),
-            {"attn1": "joint", "attn2": "cross", "ff": "mlp"},
-        )
+        return _blocks_of(self, model, "transformer_blocks", mlp="ff")
 
     def site_shapes(self, model: nn.Module, site: Site, arguments: Mapping[str, Any]) -> tuple[torch.Size, ...]:
         config = self.config(model)
@@ -98,9 +93,7 @@ class Wan(Family):
     idle_with = MappingProxyType({"attn1": ("norm1",), "attn2": ("norm2",), "ffn": ("norm3",)})
 
     def parts(self, model: nn.Module) -> list[Part]:
-        return block_parts(
-            model, "blocks", range(self.config(model).num_layers), {"attn1": "joint", "attn2": "cross", "ffn": "mlp"}
-        )
+        return _blocks_of(self, model, "blocks", mlp="ffn")
 
     def site_shapes(self, model: nn.Module, site: Site, arguments: Mapping[str, Any]) -> tuple[torch.Size, ...]:
         config = self.config(model)

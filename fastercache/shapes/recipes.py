@@ -79,9 +79,10 @@ class Recipe(ABC):
     def decoded(self, autoencoder: Any, latents: torch.Tensor) -> torch.Tensor:
         """The clips of latents."""
 
-    @abstractmethod
     def pin_posterior(self, autoencoder: Any) -> None:
         """Make the posterior a point: its log-variance is not learnt."""
+        autoencoder.quant_conv.weight[self.channels :] = 0
+        autoencoder.quant_conv.bias[self.channels :] = -10
 
     @abstractmethod
     def pipeline(self, **parts: Any) -> Any: ...
@@ -204,10 +205,6 @@ class Latte(Recipe):
     def decoded(self, autoencoder: Any, latents: torch.Tensor) -> torch.Tensor:
         frames = autoencoder.decode(latents.transpose(1, 2).flatten(0, 1)).sample
         return frames.unflatten(0, (len(latents), -1)).transpose(1, 2)
-
-    def pin_posterior(self, autoencoder: Any) -> None:
-        autoencoder.quant_conv.weight[self.channels :] = 0
-        autoencoder.quant_conv.bias[self.channels :] = -10
 
     def pipeline(self, **parts: Any) -> Any:
         from diffusers import LattePipeline
@@ -337,10 +334,6 @@ class Wan(Recipe):
 
     def decoded(self, autoencoder: Any, latents: torch.Tensor) -> torch.Tensor:
         return autoencoder.decode(latents).sample
-
-    def pin_posterior(self, autoencoder: Any) -> None:
-        autoencoder.quant_conv.weight[self.channels :] = 0
-        autoencoder.quant_conv.bias[self.channels :] = -10
 
     def pipeline(self, **parts: Any) -> Any:
         from diffusers import WanPipeline
