@@ -34,6 +34,10 @@ class CacheError(FasterCacheError, ValueError):
     """Caches that cannot be as they were asked for: over the limit, or in a format that cannot hold them."""
 
 
+class CalibrationError(FasterCacheError):
+    """A pipeline, prompts or a target that no schedule can be fitted to."""
+
+
 class FasterCacheWarning(UserWarning):
     """Nothing is wrong with the video, but something is not as a user would expect: nothing was skipped, or nothing is
     gained."""

@@ -1,0 +1,192 @@
+"""The uncached generations that everything is fitted to, and what is known from them without another call of the model.
+
+Kept of each: the latents and the guided prediction of each step and the clip, on the host; the inner products of the
+predictions, their differences and the latents of steps that are close to each other. Every least-squares fit of a
+skipped step or a rebuilt branch is made of these products.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastercache.calibration.branches import Branches, CallNotes
+from fastercache.calibration.lockstep import Example, Lane, Moment, Stage
+from fastercache.errors import CalibrationError
+
+WINDOW = 20
+"""Steps over which inner products are kept: no schedule that is searched reads from further back."""
+CHUNK = 1 << 18
+"""Elements that are multiplied in float64 at a time."""
+LEAST_STEPS = 9
+COND, DIFFERENCE, LATENTS, LOW = range(4)
+"""What the inner products are of, in each step: the conditional prediction, the difference of the branches, the
+latents that the denoiser was given, and the low frequencies of the difference."""
+
+
+@dataclass
+class Reference:
+    """One uncached generation.
+
+    latents: `[steps + 1, ...]`, the scheduler's sample before each step and after the last. guided: `[steps, ...]`, what
+    the scheduler was given. clip: float32 `[frames, H, W, 3]` in [0, 1]. products: float64 `[steps, 4, steps, 4]`,
+    inner products as `COND` to `LOW` number them, NaN for steps further apart than `WINDOW`. weights: float64
+    `[steps, 2]`, the guided prediction as a sum of the conditional prediction and the difference of the branches.
+    response: float64 `[steps]`, by how much the next latents change with the guided prediction; NaN where not in
+    proportion.
+    """
+
+    example: Example
+    latents: torch.Tensor
+    guided: torch.Tensor
+    clip: np.ndarray
+    products: np.ndarray
+    weights: np.ndarray
+    response: np.ndarray
+    experts: tuple[str, ...]
+    seconds: float = 0.0
+
+
+@dataclass
+class _Watch:
+    calls: CallNotes = field(default_factory=CallNotes)
+    window: deque = field(default_factory=lambda: deque(maxlen=WINDOW))
+    latents: list[torch.Tensor] = field(default_factory=list)
+    guided: list[torch.Tensor] = field(default_factory=list)
+    products: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
+    weights: list[tuple[float, float]] = field(default_factory=list)
+    response: list[float] = field(default_factory=list)
+    experts: list[str] = field(default_factory=list)
+
+
+class Capture:
+    """Makes references. divisor: of the low-pass's radius, as in `Schedule.radius_divisor`."""
+
+    def __init__(self, stage: Stage, divisor: int = 5):
+        self.stage, self.divisor = stage, divisor
+        self.branches = Branches(stage)
+
+    def reference(self, example: Example) -> Reference:
+        """One uncached generation, watched."""
+        import time
+
+        start = time.perf_counter()
+        with self.stage.lanes([example], self._conduct) as (lane,):
+            watch = lane.notes = _Watch()
+            moment = lane.advance()
+            while moment is not None:
+                self._watch(lane, watch, moment)
+                self.branches.begin_step(watch.calls)
+                moment = lane.advance()
+                if lane.latents is not None:
+                    watch.latents.append(lane.latents.detach().cpu().clone())
+            steps = len(watch.guided)
+            if steps < LEAST_STEPS:
+                raise CalibrationError(
+                    f"{type(lane.pipe).__name__} made {steps} steps; of so few none can be left out without a visible "
+                    "loss (distilled models are made for few steps as they are), so ask for "
+                    f"{LEAST_STEPS} or more"
+                )
+            assert lane.clip is not None
+            products = np.full((steps, 4, steps, 4), np.nan)
+            for (one, other), block in watch.products.items():
+                products[one, :, other] = block
+                products[other, :, one] = block.T
+            return Reference(
+                example,
+                torch.stack(watch.latents),
+                torch.stack(watch.guided),
+                lane.clip,
+                products,
+                np.asarray(watch.weights),
+                np.asarray(watch.response),
+                tuple(watch.experts),
+                time.perf_counter() - start,
+            )
+
+    def _conduct(self, lane: Lane, component: str, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        return self.branches.call(lane, lane.notes.calls, "both", component, original, arguments)
+
+    def _watch(self, lane: Lane, watch: _Watch, moment: Moment) -> None:
+        calls, where = watch.calls, f"step {lane.step + 1}"
+        if "cond" not in calls.now or (calls.layout.guided and "uncond" not in calls.now):
+            raise CalibrationError(
+                f"{type(lane.pipe).__name__} takes {where} of its sampler without calling the denoiser once for each "
+                "branch; use a sampler with one evaluation a step"
+            )
+        cond, latents = calls.now["cond"], calls.latents
+        assert latents is not None
+        guided = calls.layout.guided
+        difference = calls.now["uncond"] - cond if guided else torch.zeros_like(cond)
+        if not all(bool(torch.isfinite(one).all()) for one in (cond, difference, moment.prediction)):
+            raise CalibrationError(
+                f"the prediction of {where} for the prompt {lane.example.prompt!r} is not finite; leave that prompt "
+                "out, or see whether the pipeline makes a video of it at all"
+            )
+        if not watch.latents:
+            watch.latents.append(moment.latents.detach().cpu().clone())
+        watch.guided.append(moment.prediction.detach().cpu().clone())
+        watch.weights.append(self._weights(lane, moment, cond, difference, guided))
+        watch.response.append(self._response(lane, moment))
+        watch.experts.append(calls.component)
+        low = self._low(calls, difference) if guided else difference
+        watch.window.append(torch.stack([one.float().flatten() for one in (cond, difference, latents, low)]))
+        for back, earlier in enumerate(reversed(watch.window)):
+            watch.products[lane.step, lane.step - back] = products(watch.window[-1], earlier)
+
+    def _low(self, calls: CallNotes, difference: torch.Tensor) -> torch.Tensor:
+        return self.branches.low(calls, difference, self.divisor)
+
+    def _weights(
+        self, lane: Lane, moment: Moment, cond: torch.Tensor, difference: torch.Tensor, guided: bool
+    ) -> tuple[float, float]:
+        if moment.prediction.shape != cond.shape:
+            raise CalibrationError(
+                f"{type(lane.pipe).__name__} hands its scheduler predictions of shape "
+                f"{list(moment.prediction.shape)}, made of the denoiser's of {list(cond.shape)}; a schedule can be fitted where "
+                "both are laid out alike"
+            )
+        basis = torch.stack([cond, difference] if guided else [cond]).flatten(1).double()
+        target = moment.prediction.flatten().double()
+        found = torch.linalg.lstsq(basis.T.cpu(), target[:, None].cpu()).solution[:, 0]
+        rest = target.cpu() - found @ basis.cpu()
+        if rest.norm() > 0.05 * target.cpu().norm():
+            raise CalibrationError(
+                f"the guided prediction of step {lane.step + 1} is no weighted sum of the two branches "
+                f"({100 * float(rest.norm() / target.cpu().norm()):.0f} % is something else), so no schedule can be "
+                "fitted; switch off what the pipeline does to guidance"
+            )
+        values = found.tolist()
+        return (values[0], values[1] if guided else 0.0)
+
+    def _response(self, lane: Lane, moment: Moment) -> float:
+        """The next latents' change for a change of the prediction, where it is in proportion; NaN elsewhere."""
+        base = moment.prediction
+        nudge = torch.randn(base.shape, generator=torch.Generator().manual_seed(lane.step)).to(base) * base.float().std()
+        here, again = moment.respond(base), moment.respond(base)
+        if not torch.equal(here, again):
+            raise CalibrationError(
+                f"{type(lane.pipe.scheduler).__name__} adds noise of its own at each step, so no two generations are "
+                "alike; use a deterministic sampler (eta=0, or another scheduler)"
+            )
+        change = (moment.respond(base + nudge).double() - here.double()).flatten()
+        given = nudge.double().flatten()
+        factor = float(change @ given / (given @ given))
+        rest = float((change - factor * given).norm() / change.norm().clamp(min=1e-30))
+        return factor if rest < 0.02 else float("nan")
+
+
+def products(one: torch.Tensor, other: torch.Tensor) -> np.ndarray:
+    """Inner products of the rows of two `[4, n]`, in float64: `[4, 4]`."""
+    total = torch.zeros(len(one), len(other), dtype=torch.float64, device=one.device)
+    for start in range(0, one.shape[1], CHUNK):
+        total += one[:, start : start + CHUNK].double() @ other[:, start : start + CHUNK].double().T
+    return total.cpu().numpy()

@@ -1,0 +1,149 @@
+"""Which steps run: shortest paths through the steps that are computed, each weighed by what it costs and by the error
+that what lies between them leaves at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from fastercache.calibration.residuals import FURTHEST, LONGEST_GAP, Residuals
+from fastercache.schedule.step import RunningBranches
+
+WIDTH = 60
+"""Paths that are followed further from each step."""
+HALVINGS = 14
+
+Running = tuple[RunningBranches, ...]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Milliseconds of the denoiser in a step that runs both branches, the conditional one, or nothing."""
+
+    both: float
+    cond: float
+    none: float
+
+    def of(self, running: Sequence[RunningBranches]) -> float:
+        return sum(getattr(self, branches) for branches in running)
+
+    def speedup(self, running: Sequence[RunningBranches]) -> float:
+        return self.both * len(running) / self.of(running)
+
+
+class _Path(NamedTuple):
+    """A path to a computed step.
+
+    newest, before: the newest computed steps; full, full_before: the newest that ran both branches; -1 for none.
+    rebuilt: the error added up by rebuilt branches since `full`.
+    """
+
+    total: float
+    error: float
+    newest: int
+    before: int
+    full: int
+    full_before: int
+    rebuilt: float
+    running: Running
+
+
+class Search:
+    """Finds the steps to run. errors are residuals times what they come to at the end of the run.
+
+    importance: float64 `[steps]`, the error of the last latents for an error of one in a step's guided prediction.
+    conditional: whether steps may run the conditional branch alone.
+    """
+
+    def __init__(self, residuals: Residuals, importance: np.ndarray, costs: Costs, conditional: bool = True):
+        self.residuals, self.costs = residuals, costs
+        self.conditional = conditional and residuals.guided
+        self.skipped = residuals.skipped * importance[:, None, None]
+        self.rebuilt = residuals.rebuilt * importance[:, None, None]
+        self.firsts = [
+            t for t in range(residuals.steps) if t == 0 or residuals._experts[t] != residuals._experts[t - 1]
+        ]
+
+    def best(self, speedup: float, whole: int = 2) -> Running:
+        """The steps with the least error at the end among those that are at least so much faster.
+
+        whole: the first steps, and those after a change of experts, which run both branches.
+        """
+        budget = self.costs.both * self.residuals.steps / speedup
+        low, high = 0.0, 1e-12
+        while self.costs.of(self._cheapest(high, whole)) > budget:
+            low, high = high, high * 10
+            if high > 1e12:
+                return self._cheapest(high, whole)
+        found = self._cheapest(high, whole)
+        for _ in range(HALVINGS):
+            middle = (low * high) ** 0.5 if low else high / 10
+            tried = self._cheapest(middle, whole)
+            if self.costs.of(tried) <= budget:
+                high, found = middle, tried
+            else:
+                low = middle
+            if self.costs.of(found) > budget * 0.985:
+                break
+        return found
+
+    def error(self, running: Sequence[RunningBranches]) -> float:
+        """What the search thinks of given steps: the square of the error at the end."""
+        path = _Path(0.0, 0.0, 0, -1, 0, -1, 0.0, ("both",))
+        computed = [t for t, branches in enumerate(running) if branches != "none"]
+        for t in [*computed[1:], len(running)]:
+            path = self._next(path, t, running[t] if t < len(running) else "both", 0.0)
+        return path.error
+
+    def _cheapest(self, price: float, whole: int) -> Running:
+        """The steps with the least error plus price times cost."""
+        steps = self.residuals.steps
+        must = {t for first in self.firsts for t in range(first, min(first + whole, steps))}
+        at: list[dict[tuple, _Path]] = [{} for _ in range(steps + 1)]
+        start = _Path(price * self.costs.both, 0.0, 0, -1, 0, -1, 0.0, ("both",))
+        at[0][0, -1, 0, -1] = start
+        for t in range(steps):
+            for path in sorted(at[t].values(), key=lambda one: one.total)[:WIDTH]:
+                for following in range(t + 1, min(t + LONGEST_GAP + 2, steps + 1)):
+                    if any(skipped in must for skipped in range(t + 1, following)):
+                        break
+                    kinds: tuple[RunningBranches, ...] = ("both", "cond")
+                    if following == steps or following in must or not self.conditional:
+                        kinds = ("both",)
+                    for kind in kinds:
+                        added = self._next(path, following, kind, price)
+                        key = added[2:6]
+                        if added.error < np.inf and (key not in at[following] or at[following][key].total > added.total):
+                            at[following][key] = added
+        return min(at[steps].values(), key=lambda one: one.total).running
+
+    def _next(self, path: _Path, t: int, kind: RunningBranches, price: float) -> _Path:
+        """The path with the steps up to t skipped and step t computed; t past the end computes nothing."""
+        gap = 0.0
+        for skipped in range(path.newest + 1, t):
+            a, b = skipped - path.newest, path.newest - path.before if path.before >= 0 else 0
+            b = b if b <= FURTHEST else 0
+            gap += self.skipped[skipped, a, b] if a <= LONGEST_GAP else np.inf
+        error = gap * gap
+        running = path.running + ("none",) * (t - path.newest - 1)
+        cost = self.costs.none * (t - path.newest - 1)
+        full, full_before, rebuilt = path.full, path.full_before, path.rebuilt
+        if t < self.residuals.steps:
+            running, cost = (*running, kind), cost + getattr(self.costs, kind)
+            if kind == "both":
+                full, full_before, rebuilt = t, path.full, 0.0
+            else:
+                a, b = t - full, full - full_before if full_before >= 0 else 0
+                own = self.rebuilt[t, a, b if b <= FURTHEST else 0] if a <= FURTHEST else np.inf
+                error += (rebuilt + own) ** 2 - rebuilt**2
+                rebuilt += own
+        total = path.total + error + price * cost
+        return _Path(total, path.error + error, t, path.newest, full, full_before, rebuilt, running)
+
+
+def shown(running: Sequence[RunningBranches]) -> str:
+    """One character for each step: `#` both branches, `c` the conditional one, `.` none."""
+    return "".join({"both": "#", "cond": "c", "none": "."}[branches] for branches in running)
