@@ -17,8 +17,10 @@ from fastercache.models.registry import register as register_family
 from fastercache.models.site import Part, Site
 from fastercache.report.summary import Summary
 from fastercache.schedule import policies
+from fastercache.schedule.measured import Measured
 from fastercache.schedule.policies import register as register_policy
 from fastercache.schedule.schedule import Schedule
+from fastercache.schedule.signature import Signature
 from fastercache.schedule.step import Prediction, Step
 
 __version__ = "0.1.0"
@@ -30,6 +32,7 @@ __all__ = [
     "Family",
     "FasterCacheError",
     "FasterCacheWarning",
+    "Measured",
     "Part",
     "Prediction",
     "Ring",
@@ -37,6 +40,7 @@ __all__ = [
     "RunError",
     "Schedule",
     "ScheduleError",
+    "Signature",
     "Site",
     "Step",
     "Summary",

@@ -3,7 +3,7 @@ backends."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -11,7 +11,9 @@ from torch import nn
 
 from fastercache.host.attention import Attention
 from fastercache.host.labels import CallLabels
+from fastercache.host.signature import signature_of
 from fastercache.schedule.branches import Branch, BranchLayout
+from fastercache.schedule.signature import Signature
 
 
 class DiffusersHost:
@@ -21,6 +23,7 @@ class DiffusersHost:
     """
 
     def __init__(self, attention_backend: str | None, model: nn.Module):
+        self.model = model
         self.attention = Attention(model)
         if attention_backend is not None:
             self.attention.use(attention_backend)
@@ -47,6 +50,9 @@ class DiffusersHost:
 
     def refusal(self, error: BaseException) -> Exception | None:
         return self.attention.refusal(error)
+
+    def signature(self, steps: int, shape: Sequence[int], dtype: Any, guided: bool) -> Signature:
+        return signature_of(None, self.model, steps=steps, shape=shape, dtype=dtype, guided=guided)
 
     def natively(self) -> AbstractContextManager[None]:
         return self.attention.natively()

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from fastercache.errors import CompileError, UnsupportedModelError
+from fastercache.host import signature
 from fastercache.models.registry import FAMILIES, class_names
 from fastercache.runtime.engine import Engine
 from fastercache.runtime.run import Caller, RunSpec
@@ -63,11 +64,11 @@ def attach(pipeline: Any, engines: Mapping[str, Engine]) -> None:
     """
     original, several = _own_class(pipeline), len(engines) > 1
     engines = dict(engines)
-    signature = inspect.signature(original.__call__)
+    parameters = inspect.signature(original.__call__)
 
     @functools.wraps(original.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(self, *args, **kwargs)
+        given = parameters.bind(self, *args, **kwargs)
         given.apply_defaults()
         with ExitStack() as scopes:
             for component, engine in engines.items():
@@ -162,8 +163,16 @@ def _spec_of(pipeline: Any, component: str, engine: Engine, call: Mapping[str, A
         boundary = pipeline.config.boundary_ratio * pipeline.scheduler.config.num_train_timesteps
         first = int((pipeline.scheduler.timesteps >= boundary).sum())
         part = (0, first) if component == EXPERTS[0] else (first, steps)
-    caller = Caller(type(pipeline).__name__, component, call.get("num_inference_steps"), _latent_frames(pipeline, call))
-    return RunSpec(steps, engine.family.layout_in(pipeline, call, engine.host.label), part, caller)
+    layout = engine.family.layout_in(pipeline, call, engine.host.label)
+    models = [one.model for one in attached(pipeline).values()] if experts else [engine.model]
+    caller = Caller(
+        type(pipeline).__name__,
+        component,
+        call.get("num_inference_steps"),
+        _latent_frames(pipeline, call),
+        functools.partial(signature.of_call, pipeline, models, call),
+    )
+    return RunSpec(steps, layout, part, caller)
 
 
 def _latent_frames(pipeline: Any, call: Mapping[str, Any]) -> int | None:

@@ -3,7 +3,7 @@ imported."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -157,7 +157,7 @@ def stores_of(module: nn.Module) -> Sequence[dict[str, Any]]:
     return module._parameters, module._buffers
 
 
-def _adapters(layer: Any) -> Hashable:
+def _adapters(layer: Any) -> tuple | None:
     """Of a layer of peft: which are active, merged or switched off, and their scales (a tensor's value is no part of a
     graph)."""
     if not hasattr(type(layer), "merged_adapters"):
@@ -167,6 +167,19 @@ def _adapters(layer: Any) -> Hashable:
         for name, scale in getattr(layer, "scaling", {}).items()
     }
     return tuple(layer.active_adapters), tuple(layer.merged_adapters), layer.disable_adapters, tuple(scales.items())
+
+
+def adapters_at_work(model: nn.Module) -> dict[str, tuple[float, bool]]:
+    """The adapters of peft that are active in any layer: their scales, in the first layer that has each, and whether
+    they are merged into the weights there."""
+    found: dict[str, tuple[float, bool]] = {}
+    for layer in modules_of(model):
+        if (state := _adapters(layer)) is not None and not state[2]:
+            active, merged, _, scaling = state
+            for name, scale in scaling:
+                if scale is not None and name in (*active, *merged):
+                    found.setdefault(name, (float(scale), name in merged))
+    return found
 
 
 def first_change(before: ModelState, model: nn.Module) -> str:

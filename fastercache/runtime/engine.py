@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any, NoReturn
 
@@ -39,6 +40,7 @@ from fastercache.schedule.branches import BranchLayout
 from fastercache.schedule.plan import Plan, make_plan
 from fastercache.schedule.policies import Policy, built, means_to_skip
 from fastercache.schedule.schedule import Schedule
+from fastercache.schedule.signature import Signature
 
 logger = logging.getLogger("fastercache")
 
@@ -117,7 +119,7 @@ class Engine:
         self._lock = threading.Lock()
         self._calling: threading.Thread | None = None
         self._habits = Habits()
-        self._said_uncached = False
+        self._said_uncached = self._said_doubtful = False
         self._parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self._plans: dict[RunSpec, Plan] = {}
         self._tables: dict[tuple[int, torch.device], tuple[torch.Tensor, ...]] = {}
@@ -186,6 +188,7 @@ class Engine:
             family.narrow(arguments, batch, layout.rows(batch, ("cond",)))
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else family.dtype(self.model, arguments)
+        signature = None if plan.schedule.made_for is None else self._signature(plan, spec, arguments, dtype)
         plan_in = self._planner(plan, layout, arguments, dtype)
         cache, cache_notes = self._cache_for(plan_in, device, arguments)
         if device.type == "cuda" and not self._prepare(
@@ -195,8 +198,40 @@ class Engine:
             self._prepare(plan, cache.plan, dtype, device)
         for note in cache_notes:
             logger.info(note)
+        if signature is not None:
+            notes += self._doubts(plan.schedule, replace(signature, cache_format=cache.plan.format))
         table = self._table_for(plan, device)
         return Run(self.gated, self.host, plan, spec, cache, table, arguments, batch, notes + cache_notes)
+
+    def _signature(self, plan: Plan, spec: RunSpec, arguments: Mapping[str, Any], dtype: torch.dtype) -> Signature:
+        """The signature of a run whose schedule says what it was made for; `ScheduleError` if its coefficients would be
+        wrong here."""
+        schedule, shape = plan.schedule, self.family.latents(arguments).shape[1:]
+        signature = self.host.signature(spec.steps, shape, dtype, plan.guided)
+        if spec.caller is not None and spec.caller.signed is not None:
+            signature = spec.caller.signed(signature)
+        assert schedule.made_for is not None
+        wrong = schedule.made_for.differences(signature).wrong
+        if wrong:
+            raise ScheduleError(
+                f"schedule {schedule.name!r} was made for other runs than this: {'; '.join(wrong)}; make one for this "
+                "run with fastercache.calibrate, or compile with a policy, such as 'paper', which fits any run"
+            )
+        return signature
+
+    def _doubts(self, schedule: Schedule, signature: Signature) -> list[str]:
+        """A note for the summary on what a run has that the schedule was not made for; the first is warned of, too."""
+        assert schedule.made_for is not None
+        if not schedule.selectors:  # no result of a site is stored in any format
+            signature = replace(signature, cache_format=None)
+        doubtful = schedule.made_for.differences(signature).doubtful
+        if not doubtful:
+            return []
+        note = f"schedule {schedule.name!r} was made for other runs than this: {'; '.join(doubtful)}"
+        if not self._said_doubtful:
+            self._said_doubtful = True
+            warn(f"{note}; what was measured of it need not hold here. fastercache.calibrate makes one for such runs")
+        return [note]
 
     def _planner(
         self, plan: Plan, layout: BranchLayout, arguments: Mapping[str, Any], dtype: torch.dtype
@@ -336,11 +371,15 @@ class Engine:
             calls = (
                 "" if asked in (None, spec.steps) else f" (its sampler makes as many of num_inference_steps={asked})"
             )
-            set_count = "" if calls else f"set the run's step count to {len(schedule)}, or "
+            remedies = [] if calls else [f"set the run's step count to {len(schedule)}"]
+            if schedule.made_for is not None:
+                remedies.append(f"make one for {spec.steps} steps with fastercache.calibrate")
+            remedies.append("compile with a policy, which fits any step count")
+            if calls:
+                remedies.append(f"with a schedule of {spec.steps} steps")
             raise ScheduleError(
                 f"schedule {schedule.name!r} has {len(schedule)} steps, but this run has {spec.steps}{calls}; "
-                f"{set_count}compile with a policy, which fits any step "
-                f"count{f', or with a schedule of {spec.steps} steps' if calls else ''}"
+                f"{', or '.join(remedies)}"
             )
         schedule = schedule if spec.part is None else schedule.part(*spec.part)
         return make_plan(schedule, spec.layout.guided, self.gated.tree, self.family.name)

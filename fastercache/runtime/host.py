@@ -3,11 +3,12 @@ of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from fastercache.schedule.branches import Branch, BranchLayout
+from fastercache.schedule.signature import Signature
 
 
 class Host(Protocol):
@@ -36,6 +37,10 @@ class Host(Protocol):
 
     def refusal(self, error: BaseException) -> Exception | None:
         """A better error to raise for one that came out of the model."""
+
+    def signature(self, steps: int, shape: Sequence[int], dtype: Any, guided: bool) -> Signature:
+        """What can be known of a run without the pipeline that calls it: the model, and what is given here of the
+        run."""
 
     def natively(self) -> AbstractContextManager[None]:
         """Inside, attention runs on what a count of operations knows."""

@@ -17,6 +17,7 @@ from fastercache.runtime.host import Host
 from fastercache.runtime.outputs import Outputs
 from fastercache.schedule.branches import Branch, BranchLayout
 from fastercache.schedule.plan import Plan, PlannedStep
+from fastercache.schedule.signature import Signature
 
 logger = logging.getLogger("fastercache")
 
@@ -26,13 +27,14 @@ InputKey = tuple[torch.Size, torch.dtype, torch.device]
 
 @dataclass(frozen=True)
 class Caller:
-    """The pipeline whose call is a run: its class, which component the denoiser is, the step count asked for, and the
-    latent frames of the whole video, where it tells."""
+    """The pipeline whose call is a run: its class, which component the denoiser is, the step count asked for, the
+    latent frames of the whole video, where it tells, and what adds to a run's signature what the pipeline knows."""
 
     pipeline: str
     component: str
     asked: Any = None
     frames: int | None = None
+    signed: Callable[[Signature], Signature] | None = None
 
     def without(self, steps: int | str, cfg: str) -> str:
         """A remedy where the calls are not what the pipeline's own state says: its denoiser counts them itself."""

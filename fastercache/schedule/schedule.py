@@ -8,18 +8,20 @@ says what one means for a model.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fastercache.errors import ScheduleError
+from fastercache.schedule.document import object_of, only_known
+from fastercache.schedule.measured import Measured
+from fastercache.schedule.signature import Signature
 from fastercache.schedule.step import Prediction, Step, check_step, shown
 
-FORMATS = ("fastercache-schedule-1", "fastercache-schedule-2")
-"""Of the JSON document, by what its steps say: the first knows neither steps that run nothing nor what else came with
-them."""
+FORMATS = ("fastercache-schedule-1", "fastercache-schedule-2", "fastercache-schedule-3")
+"""Of the JSON document, by what it says: the first knows neither steps that run nothing nor what else came with them;
+the third says what the schedule was made for, or was measured to do."""
 _SINCE_FORMAT_2 = ("previous", "prediction")
 
 
@@ -32,11 +34,16 @@ class Schedule:
     name: for people; the summary prints it.
     radius_divisor: the low-pass keeps the frequencies within `min(H, W) // radius_divisor` of each latent plane (5 in
         the paper).
+    made_for: the runs that its coefficients were fitted on, for a calibrated schedule. A run that differs is refused,
+        or warned of.
+    measured: what it was measured to do there.
     """
 
     steps: tuple[Step, ...]
     name: str = "custom"
     radius_divisor: int = 5
+    made_for: Signature | None = None
+    measured: Measured | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -101,7 +108,14 @@ class Schedule:
         """The schedule as JSON text, also written to `path` if given."""
         rows = [_without_defaults(step) for step in self.steps]
         newer = any(key in row for row in rows for key in _SINCE_FORMAT_2) or any(not step.runs for step in self.steps)
-        document = {"format": FORMATS[newer], "name": self.name, "radius_divisor": self.radius_divisor}
+        about = {"made_for": self.made_for, "measured": self.measured}
+        known = {key: value.as_dict() for key, value in about.items() if value is not None}
+        document = {
+            "format": FORMATS[2 if known else newer],
+            "name": self.name,
+            "radius_divisor": self.radius_divisor,
+            **known,
+        }
         text = (
             json.dumps(document)[:-1] + ',\n "steps": [\n  ' + ",\n  ".join(json.dumps(row) for row in rows) + "\n]}\n"
         )
@@ -120,7 +134,7 @@ class Schedule:
             except (OSError, ValueError) as error:  # a path with a NUL, or text that is not UTF-8, is a ValueError
                 raise ScheduleError(f"{where} cannot be read: {error}") from error
         try:
-            document = json.loads(source, object_pairs_hook=_object)
+            document = json.loads(source, object_pairs_hook=object_of)
         except (ValueError, RecursionError) as error:
             raise ScheduleError(
                 f"{where} is not JSON: {error}; write one with Schedule.to_json to see the form"
@@ -131,9 +145,16 @@ class Schedule:
             raise ScheduleError(
                 f"{where} has format {document['format']!r}; this version reads {' and '.join(map(repr, FORMATS))}"
             )
-        _only_known(document, {"format", "name", "radius_divisor", "steps"}, where)
+        only_known(document, {"format", "name", "radius_divisor", "made_for", "measured", "steps"}, where)
         steps = tuple(_step_from(row, f"{where}, step {number}") for number, row in enumerate(document["steps"], 1))
-        return cls(steps, name=document.get("name", "custom"), radius_divisor=document.get("radius_divisor", 5))
+        made_for, measured = document.get("made_for"), document.get("measured")
+        return cls(
+            steps,
+            name=document.get("name", "custom"),
+            radius_divisor=document.get("radius_divisor", 5),
+            made_for=None if made_for is None else Signature.from_dict(made_for, where),
+            measured=None if measured is None else Measured.from_dict(measured, where),
+        )
 
     def chart(self) -> str:
         """Two lines of one character a step: `#` computed, `~` some sites blended, `.` not run; the conditional branch
@@ -160,21 +181,6 @@ def _without_defaults(step: Step) -> dict[str, Any]:
     return kept
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, in which no key may stand twice: the first would be lost without a word."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
-    return found
-
-
-def _only_known(row: dict[str, Any], known: Iterable[str], where: str) -> None:
-    unknown = sorted(set(row) - set(known))
-    if unknown:
-        raise ScheduleError(f"{where} has unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
-
-
 def _list_in(values: dict[str, Any], key: str, where: str) -> None:
     """Turn a JSON list of the object into a tuple."""
     if key in values:
@@ -186,7 +192,7 @@ def _list_in(values: dict[str, Any], key: str, where: str) -> None:
 def _step_from(row: Any, where: str) -> Step:
     if not isinstance(row, dict):
         raise ScheduleError(f"{where} is {row!r}, not an object")
-    _only_known(row, Step.__dataclass_fields__, where)
+    only_known(row, Step.__dataclass_fields__, where)
     values = dict(row)
     for key in ("reuse", "taps"):
         _list_in(values, key, where)
@@ -200,7 +206,7 @@ def _step_from(row: Any, where: str) -> Step:
         terms = values["prediction"]
         if not isinstance(terms, dict):
             raise ScheduleError(f"{where}: 'prediction' is {terms!r}, not an object")
-        _only_known(terms, Prediction.__dataclass_fields__, f"{where}, prediction,")
+        only_known(terms, Prediction.__dataclass_fields__, f"{where}, prediction,")
         terms = dict(terms)
         _list_in(terms, "taps", f"{where}, prediction")
         values["prediction"] = Prediction(**terms)
@@ -225,6 +231,11 @@ def _validate(schedule: Schedule) -> None:
         raise ScheduleError(
             f"schedule {name!r}: radius_divisor is {shown(divisor)}; it must be an integer of at least 3"
         )
+    for field, kind in (("made_for", Signature), ("measured", Measured)):
+        if not isinstance(getattr(schedule, field), kind | None):
+            raise ScheduleError(
+                f"schedule {name!r}: {field} is {shown(getattr(schedule, field))}; it must be a {kind.__name__} or None"
+            )
     for number, step in enumerate(schedule.steps, 1):
         if not isinstance(step, Step):
             raise ScheduleError(f"schedule {name!r}, step {number} is {step!r}, not a Step")
