@@ -7,20 +7,22 @@ skipped step or a rebuilt branch is made of these products.
 
 from __future__ import annotations
 
-import json
 import statistics
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from fastercache.calibration.branches import Branches, CallNotes
+from fastercache.calibration.branches import Branches, CallNotes, wait
+from fastercache.calibration.costs import Costs
 from fastercache.calibration.lockstep import Example, Lane, Moment, Stage
 from fastercache.errors import CalibrationError
+from fastercache.host.signature import signature_of
+from fastercache.schedule.signature import Signature
 
 WINDOW = 20
 """Steps over which inner products are kept: no schedule that is searched reads from further back."""
@@ -41,7 +43,7 @@ class Reference:
     inner products as `COND` to `LOW` number them, NaN for steps further apart than `WINDOW`. weights: float64
     `[steps, 2]`, the guided prediction as a sum of the conditional prediction and the difference of the branches.
     response: float64 `[steps]`, by how much the next latents change with the guided prediction; NaN where not in
-    proportion.
+    proportion. experts: the component that each step called. seconds: of the whole generation.
     """
 
     example: Example
@@ -52,7 +54,7 @@ class Reference:
     weights: np.ndarray
     response: np.ndarray
     experts: tuple[str, ...]
-    seconds: float = 0.0
+    seconds: float
 
 
 @dataclass
@@ -68,16 +70,18 @@ class _Watch:
 
 
 class Capture:
-    """Makes references. divisor: of the low-pass's radius, as in `Schedule.radius_divisor`."""
+    """Makes references. divisor: of the low-pass's radius, as in `Schedule.radius_divisor`.
+
+    signature: of the runs, once the first was made.
+    """
 
     def __init__(self, stage: Stage, divisor: int = 5):
         self.stage, self.divisor = stage, divisor
         self.branches = Branches(stage)
+        self.signature: Signature | None = None
 
     def reference(self, example: Example) -> Reference:
         """One uncached generation, watched."""
-        import time
-
         start = time.perf_counter()
         with self.stage.lanes([example], self._conduct) as (lane,):
             watch = lane.notes = _Watch()
@@ -132,6 +136,7 @@ class Capture:
                 "out, or see whether the pipeline makes a video of it at all"
             )
         if not watch.latents:
+            self.signature = self._signature(lane, calls, moment)
             watch.latents.append(moment.latents.detach().cpu().clone())
         watch.guided.append(moment.prediction.detach().cpu().clone())
         watch.weights.append(self._weights(lane, moment, cond, difference, guided))
@@ -141,6 +146,49 @@ class Capture:
         watch.window.append(torch.stack([one.float().flatten() for one in (cond, difference, latents, low)]))
         for back, earlier in enumerate(reversed(watch.window)):
             watch.products[lane.step, lane.step - back] = products(watch.window[-1], earlier)
+
+    def _signature(self, lane: Lane, calls: CallNotes, moment: Moment) -> Signature:
+        pipe, family = lane.pipe, self.branches.families[calls.component]
+        model = self.stage.denoisers[calls.component]
+        return signature_of(
+            pipe,
+            list(self.stage.denoisers.values()),
+            lane.arguments,
+            steps=lane.steps,
+            shape=family.latents(calls.arguments).shape[1:],
+            dtype=family.dtype(model, calls.arguments),
+            guided=calls.layout.guided,
+        )
+
+    def costs(self, example: Example, calls: int = 4) -> Costs:
+        """What a step takes, measured in the first steps of a generation: calls of both branches and of the conditional
+        one in turn, and a sum of cached predictions."""
+        watched = Branches(self.stage)
+
+        def conduct(lane: Lane, component: str, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+            running = "cond" if lane.step and lane.step % 2 == 0 else "both"
+            return watched.call(lane, lane.notes, running, component, original, arguments)
+
+        with self.stage.lanes([example], conduct) as (lane,):
+            notes = lane.notes = CallNotes()
+            moment = lane.advance()
+            while moment is not None and lane.step < 2 * calls:
+                watched.begin_step(notes)
+                prediction = moment.prediction
+                moment = lane.advance()
+            wait(prediction.device)
+            sums = []
+            for _ in range(calls):
+                start = time.perf_counter()
+                sum(0.5 * torch.cat([prediction, prediction]) for _ in range(4))
+                wait(prediction.device)
+                sums.append(time.perf_counter() - start)
+            per_step = 2 if notes.layout.two_calls else 1
+            both, cond = (
+                1000 * statistics.median(watched.seconds[kind][1:])
+                for kind in (("cond", "cond") if per_step == 2 else ("both", "cond" if notes.layout.guided else "both"))
+            )
+        return Costs(per_step * both, cond, 1000 * statistics.median(sums))
 
     def _low(self, calls: CallNotes, difference: torch.Tensor) -> torch.Tensor:
         return self.branches.low(calls, difference, self.divisor)

@@ -88,6 +88,13 @@ class Lane:
         self._thread = threading.Thread(target=self._run, name=f"calibration of {example.prompt!r}", daemon=True)
         self._thread.start()
 
+    @property
+    def steps(self) -> int:
+        """Steps that the call will make, once it has begun."""
+        known = getattr(self.pipe, "num_timesteps", None)
+        scheduler = self.pipe.scheduler
+        return known or len(scheduler.timesteps) - (getattr(scheduler, "begin_index", None) or 0)
+
     def advance(self, prediction: torch.Tensor | None = None) -> Moment | None:
         """Go on to the next step's prediction; `None` when the call has ended.
 

@@ -29,7 +29,7 @@ class Options:
 
     closed: bool = True
     correct: bool = True
-    terms: int = 2
+    terms: int = 3
     latents: bool = True
     previous: bool = True
     divisor: int = 5
@@ -137,6 +137,10 @@ class Rehearsals:
             target = placeholder.float() + (wanted.float() - moment.respond(placeholder).float()) / response
 
         problem = _Problem()
+        first = next(t for t in range(i, -1, -1) if t == 0 or reference.experts[t - 1] != reference.experts[i])
+        if i == first:  # another expert knows nothing of what this one computed
+            watch.known, watch.differences = [], []
+        skipped_before = "none" in self.running[first:i]
         if branches == "none":
             problem.base = torch.zeros_like(target)
         elif branches == "cond" and calls.layout.guided:
@@ -148,10 +152,10 @@ class Rehearsals:
                 problem.add("previous", of_difference * watch.differences[1][2], 0.0)
         else:
             problem.base = guided(self._now(watch))
-            if options.correct and "none" in self.running[:i] and watch.known:
+            if options.correct and skipped_before and watch.known:
                 problem.add("fresh", problem.base, 0.0)
         skipped = branches == "none"
-        if skipped or (options.correct and "none" in self.running[:i]):
+        if skipped or (options.correct and skipped_before):
             for number, one in enumerate(watch.known[: options.terms]):
                 problem.add(f"tap{number}", guided(one), float(skipped and number == 0))
             if options.latents and watch.known:

@@ -29,7 +29,7 @@ class Residuals:
         size = references[0].guided[0].numel()
         self._products = np.nansum([one.products / size for one in references], axis=0) / len(references)
         self._weights = references[0].weights
-        self._experts = references[0].experts
+        self.experts = references[0].experts
         self.guided = any(one.weights[:, 1].any() for one in references)
         self.skipped = np.full((self.steps, LONGEST_GAP + 1, FURTHEST + 1), np.inf)
         self.rebuilt = np.full((self.steps, FURTHEST + 1, FURTHEST + 1), np.inf)
@@ -37,7 +37,7 @@ class Residuals:
             for a in range(1, FURTHEST + 1):
                 for b in range(FURTHEST + 1):
                     first = t - a - b
-                    if first < 0 or a + b >= WINDOW or self._experts[first] != self._experts[t]:
+                    if first < 0 or a + b >= WINDOW or self.experts[first] != self.experts[t]:
                         continue
                     if a <= LONGEST_GAP:
                         self.skipped[t, a, b] = self._skipped(t, t - a, first)

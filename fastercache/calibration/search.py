@@ -4,11 +4,11 @@ that what lies between them leaves at the end."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from fastercache.calibration.costs import Costs
 from fastercache.calibration.residuals import FURTHEST, LONGEST_GAP, Residuals
 from fastercache.schedule.step import RunningBranches
 
@@ -17,21 +17,6 @@ WIDTH = 60
 HALVINGS = 14
 
 Running = tuple[RunningBranches, ...]
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Milliseconds of the denoiser in a step that runs both branches, the conditional one, or nothing."""
-
-    both: float
-    cond: float
-    none: float
-
-    def of(self, running: Sequence[RunningBranches]) -> float:
-        return sum(getattr(self, branches) for branches in running)
-
-    def speedup(self, running: Sequence[RunningBranches]) -> float:
-        return self.both * len(running) / self.of(running)
 
 
 class _Path(NamedTuple):
@@ -55,17 +40,25 @@ class Search:
     """Finds the steps to run. errors are residuals times what they come to at the end of the run.
 
     importance: float64 `[steps]`, the error of the last latents for an error of one in a step's guided prediction.
-    conditional: whether steps may run the conditional branch alone.
+    conditional: whether steps may run the conditional branch alone. coherent: errors of steps in a row add up as they
+    are, as they point the same way; otherwise their squares do.
     """
 
-    def __init__(self, residuals: Residuals, importance: np.ndarray, costs: Costs, conditional: bool = True):
-        self.residuals, self.costs = residuals, costs
+    def __init__(
+        self,
+        residuals: Residuals,
+        importance: np.ndarray,
+        costs: Costs,
+        *,
+        conditional: bool = True,
+        coherent: bool = True,
+    ):
+        self.residuals, self.costs, self.coherent = residuals, costs, coherent
         self.conditional = conditional and residuals.guided
         self.skipped = residuals.skipped * importance[:, None, None]
         self.rebuilt = residuals.rebuilt * importance[:, None, None]
-        self.firsts = [
-            t for t in range(residuals.steps) if t == 0 or residuals._experts[t] != residuals._experts[t - 1]
-        ]
+        experts = residuals.experts
+        self.firsts = [t for t in range(residuals.steps) if t == 0 or experts[t] != experts[t - 1]]
 
     def best(self, speedup: float, whole: int = 2) -> Running:
         """The steps with the least error at the end among those that are at least so much faster.
@@ -74,10 +67,8 @@ class Search:
         """
         budget = self.costs.both * self.residuals.steps / speedup
         low, high = 0.0, 1e-12
-        while self.costs.of(self._cheapest(high, whole)) > budget:
+        while self.costs.of(self._cheapest(high, whole)) > budget and high < 1e12:
             low, high = high, high * 10
-            if high > 1e12:
-                return self._cheapest(high, whole)
         found = self._cheapest(high, whole)
         for _ in range(HALVINGS):
             middle = (low * high) ** 0.5 if low else high / 10
@@ -89,6 +80,10 @@ class Search:
             if self.costs.of(found) > budget * 0.985:
                 break
         return found
+
+    def fastest(self, whole: int = 2) -> Running:
+        """The steps that cost the least, whatever the error."""
+        return self._cheapest(1e12, whole)
 
     def error(self, running: Sequence[RunningBranches]) -> float:
         """What the search thinks of given steps: the square of the error at the end."""
@@ -122,12 +117,11 @@ class Search:
 
     def _next(self, path: _Path, t: int, kind: RunningBranches, price: float) -> _Path:
         """The path with the steps up to t skipped and step t computed; t past the end computes nothing."""
-        gap = 0.0
+        gap = []
         for skipped in range(path.newest + 1, t):
             a, b = skipped - path.newest, path.newest - path.before if path.before >= 0 else 0
-            b = b if b <= FURTHEST else 0
-            gap += self.skipped[skipped, a, b] if a <= LONGEST_GAP else np.inf
-        error = gap * gap
+            gap.append(self.skipped[skipped, a, self._known(b)] if a <= LONGEST_GAP else np.inf)
+        error = self._together(gap)
         running = path.running + ("none",) * (t - path.newest - 1)
         cost = self.costs.none * (t - path.newest - 1)
         full, full_before, rebuilt = path.full, path.full_before, path.rebuilt
@@ -137,11 +131,39 @@ class Search:
                 full, full_before, rebuilt = t, path.full, 0.0
             else:
                 a, b = t - full, full - full_before if full_before >= 0 else 0
-                own = self.rebuilt[t, a, b if b <= FURTHEST else 0] if a <= FURTHEST else np.inf
-                error += (rebuilt + own) ** 2 - rebuilt**2
+                own = self.rebuilt[t, a, self._known(b)] if a <= FURTHEST else np.inf
+                error += (rebuilt + own) ** 2 - rebuilt**2 if self.coherent else own**2
                 rebuilt += own
         total = path.total + error + price * cost
         return _Path(total, path.error + error, t, path.newest, full, full_before, rebuilt, running)
+
+    def _known(self, distance: int) -> int:
+        """The distance of the older of two results; 0, for none, where it is too far back."""
+        return distance if distance <= FURTHEST else 0
+
+    def _together(self, errors: Sequence[float]) -> float:
+        return sum(errors) ** 2 if self.coherent else sum(one * one for one in errors)
+
+    def neighbours(self, running: Running, speedup: float, whole: int = 2) -> list[Running]:
+        """Steps that differ from the given ones at two places and are at least so much faster than running all, those
+        with the least error first."""
+        budget = self.costs.both * len(running) / speedup
+        must = {t for first in self.firsts for t in range(first, first + whole)}
+        free = [t for t in range(len(running)) if t not in must]
+        kinds: tuple[RunningBranches, ...] = ("both", "cond", "none") if self.conditional else ("both", "none")
+        found: dict[Running, float] = {}
+        for number, one in enumerate(free):
+            for other in free[number + 1 :]:
+                for first in kinds:
+                    for second in kinds:
+                        if first == running[one] or second == running[other]:
+                            continue
+                        moved = list(running)
+                        moved[one], moved[other] = first, second
+                        cost = self.costs.of(moved)
+                        if budget * 0.97 <= cost <= budget and tuple(moved) not in found:
+                            found[tuple(moved)] = self.error(moved)
+        return sorted((key for key, error in found.items() if error < np.inf), key=found.__getitem__)
 
 
 def shown(running: Sequence[RunningBranches]) -> str:

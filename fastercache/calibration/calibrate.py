@@ -1,0 +1,409 @@
+"""`fastercache.calibrate`: schedules fitted to a pipeline on a few of its prompts."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fastercache import api
+from fastercache.calibration.capture import Capture, Reference
+from fastercache.calibration.costs import Costs
+from fastercache.calibration.gains import Disturbed, importance
+from fastercache.calibration.lockstep import Example, Stage
+from fastercache.calibration.rehearse import Options, Rehearsal, Rehearsals
+from fastercache.calibration.residuals import Residuals
+from fastercache.calibration.search import Running, Search, shown
+from fastercache.calibration.store import Store, digest
+from fastercache.errors import CalibrationError
+from fastercache.host import pipelines
+from fastercache.report import metrics
+from fastercache.schedule.measured import Measured
+from fastercache.schedule.schedule import Schedule
+from fastercache.schedule.signature import Signature
+
+LADDER = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0)
+"""Speed-ups that are tried for a target of quality, before those between them."""
+MARGIN = 0.25
+"""In dB, above a target of quality: the held-out pairs differ from those that a schedule is chosen on."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What a calibration spends.
+
+    fitted: pairs of a prompt and a seed that coefficients are fitted to. held: pairs that the result is measured on.
+    points: steps that are disturbed to learn what an error there comes to. tried: candidates, each on `few` pairs.
+    finalists: candidates that are fitted to all pairs. moved: neighbours of the best that are tried, twice.
+    """
+
+    fitted: int
+    held: int
+    points: int
+    tried: int
+    few: int
+    finalists: int
+    moved: int
+
+    def generations(self, speedup: float) -> float:
+        """Whole generations that a calibration for one speed-up takes, as multiples of uncached ones."""
+        rehearsed = self.few * (self.tried + 2 * self.moved) + self.fitted * self.finalists + self.held
+        return self.fitted + self.held + 0.6 * self.points + rehearsed / speedup
+
+
+EFFORTS = {
+    "full": Effort(fitted=8, held=4, points=8, tried=6, few=3, finalists=3, moved=4),
+    "quick": Effort(fitted=3, held=1, points=4, tried=2, few=2, finalists=1, moved=0),
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A schedule that was tried: what it costs, and the PSNR of its clips in dB on the pairs that it was fitted to."""
+
+    rehearsal: Rehearsal
+    running: Running
+    speedup: float
+
+    @property
+    def score(self) -> float:
+        """Mean and worst quarter, so that no prompt is given up for the others."""
+        psnr = sorted(self.rehearsal.psnr)
+        worst = psnr[: max(1, len(psnr) // 4)]
+        return (float(np.mean(psnr)) + float(np.mean(worst))) / 2
+
+
+@dataclass(frozen=True)
+class Found:
+    """A calibrated schedule, and what its report shows.
+
+    tried: speed-up and mean PSNR of every candidate on the pairs it was fitted to. drift: root-mean-square error of the
+    latents after each step, on the held-out pairs. clips: of the held-out pairs, uncached and with the schedule, with
+    their prompts.
+    """
+
+    schedule: Schedule
+    tried: tuple[tuple[float, float], ...]
+    drift: tuple[float, ...]
+    clips: tuple[tuple[str, np.ndarray, np.ndarray], ...]
+
+
+def calibrate(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    num_inference_steps: int = 50,
+    speedup: float | None = None,
+    psnr: float | None = None,
+    frontier: Sequence[float] | None = None,
+    effort: Literal["full", "quick"] = "full",
+    call: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    progress: bool = True,
+) -> Schedule | list[Schedule]:
+    """Fit a schedule to a pipeline: which steps run, and with which coefficients the others are made up.
+
+    The prompts are sampled uncached once, each with a seed of its own; what skipped steps and rebuilt branches need is
+    fitted by least squares to what the model predicted there, the steps are chosen by the error that they leave at the
+    end, and the best candidates are sampled with. A part of the prompts is held out, and the result is measured on them
+    alone (`schedule.measured`). `schedule.made_for` says which runs it is for.
+
+    pipe: a diffusers pipeline that is not compiled, on its device. prompts: as its users write them; 12 and more serve
+        best, fewer are sampled with several seeds each. num_inference_steps: 9 or more.
+    speedup, psnr, frontier: one of them. How much faster than uncached the denoiser shall be, by the milliseconds that
+        its calls are measured to take; or the least mean PSNR in dB of clips against uncached ones, as fast as that
+        allows; or several speed-ups, which gives a list of schedules.
+    effort: "full", or "quick" for pipelines whose generations take minutes: fewer pairs and candidates.
+    call: further arguments of every call, such as `guidance_scale`, `height` or `negative_prompt`. seed: of the first
+        pair; the others follow.
+    out: a folder for what is captured and found; an interrupted calibration goes on from there. progress: show a bar.
+
+    Raises:
+        CalibrationError: no prompts, a pipeline whose calls are not its steps, a stochastic sampler, predictions that
+        are not finite, a target that cannot be reached: it says what can.
+    """
+    found = Calibration(pipe, prompts, num_inference_steps, effort, call or {}, seed, out, progress)
+    schedules = [one.schedule for one in found.run(speedup, psnr, frontier)]
+    return schedules if frontier is not None else schedules[0]
+
+
+class Calibration:
+    """One calibration. Made cheaply; `run` does the work, and leaves in `results` what a report shows."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        prompts: Sequence[str],
+        steps: int,
+        effort: str,
+        call: Mapping[str, Any],
+        seed: int = 0,
+        out: str | Path | None = None,
+        progress: bool = True,
+        options: Options = Options(),
+    ):
+        _check(pipe, prompts, steps, effort)
+        self.effort, self.options = EFFORTS[effort], options
+        self.fitted_examples, self.held_examples = divided(prompts, self.effort, seed)
+        call = dict(call) | {"num_inference_steps": steps}
+        self.pipe, self.stage = pipe, Stage(pipe, call)
+        identity = {
+            "pipeline": type(pipe).__name__,
+            "call": call,
+            "pairs": [asdict(one) for one in (*self.fitted_examples, *self.held_examples)],
+            "effort": asdict(self.effort),
+            "options": asdict(options),
+            "scheduler": [type(pipe.scheduler).__name__, dict(pipe.scheduler.config)],
+        }
+        self.store = Store(None if out is None else Path(out), identity)
+        self.results: list[Found] = []
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), disable=not progress, transient=True
+        )
+        self._task = self._bar.add_task("calibrating", total=None)
+        self._spent = 0.0
+
+    # ---- the whole ---------------------------------------------------------------------------------------------------
+
+    def run(
+        self, speedup: float | None = None, psnr: float | None = None, frontier: Sequence[float] | None = None
+    ) -> list[Found]:
+        """Schedules for one target; see `calibrate`."""
+        targets = _targets(speedup, psnr, frontier)
+        planned = sum(self.effort.generations(target) for target in targets) - (len(targets) - 1) * (
+            self.effort.fitted + self.effort.held + 0.6 * self.effort.points
+        )
+        self._bar.update(self._task, total=planned, description=f"calibrating, about {planned:.0f} generations")
+        with self._bar:
+            start = time.perf_counter()
+            with self.stage.open():
+                self._prepare()
+            prepared = time.perf_counter() - start
+            for target in targets:
+                start = time.perf_counter() - prepared
+                with self.stage.open():
+                    candidate = self._best(target) if psnr is None else self._for_quality(psnr)
+                name = f"calibrated-{target:g}x" if psnr is None else f"calibrated-{psnr:g}dB"
+                self.results.append(self._measured(candidate, name, start))
+        return self.results
+
+    def _prepare(self) -> None:
+        """Uncached generations, and what follows from them."""
+        capture = Capture(self.stage, self.options.divisor)
+
+        def made(example: Example) -> Reference:
+            reference = self.store.reference(example, capture.reference)
+            self._advance(1.0)
+            return reference
+
+        self.fitted = [made(example) for example in self.fitted_examples]
+        self.held = [made(example) for example in self.held_examples]
+        first = self.fitted[0]
+        signature = self.store.found(
+            "signature", lambda: (capture.signature or self._signature(capture)).as_dict()
+        )
+        self.signature = Signature.from_dict(signature, "the stored signature")
+        self.costs = Costs(**self.store.found("costs", lambda: asdict(capture.costs(first.example))))
+        disturbed = Disturbed(self.stage)
+        curve = self.store.found(
+            "importance", lambda: importance(disturbed, self.fitted[:2], self.effort.points)[0].tolist()
+        )
+        self._advance(0.6 * self.effort.points)
+        self.importance = np.asarray(curve)
+        self.residuals = Residuals(self.fitted)
+        self.seconds_uncached = float(np.median([one.seconds for one in self.fitted]))
+
+    def _signature(self, capture: Capture) -> Signature:
+        capture.reference(self.fitted_examples[0])
+        assert capture.signature is not None
+        return capture.signature
+
+    # ---- candidates --------------------------------------------------------------------------------------------------
+
+    def searches(self) -> Iterator[tuple[Search, int]]:
+        """Views of what an error at a step matters, the most plausible first, and how many first steps stay whole."""
+        steps = np.arange(self.residuals.steps) / self.residuals.steps
+        level = np.exp(np.mean(np.log(self.importance)))
+        for weight, coherent, whole in (
+            (self.importance, True, 2),
+            (self.importance * (1 + 2 * (1 - steps)), True, 2),
+            (self.importance, False, 2),
+            (np.sqrt(self.importance * level), True, 2),
+            (self.importance * (1 + 2 * steps), True, 2),
+            (self.importance, True, 6),
+            (np.sqrt(self.importance * level), False, 2),
+            (self.importance * (1 + 6 * (1 - steps)), True, 2),
+        ):
+            yield Search(self.residuals, weight, self.costs, coherent=coherent), whole
+
+    def _best(self, speedup: float) -> Candidate:
+        """The best schedule that is at least so much faster."""
+        first = next(self.searches())[0]
+        fastest = self.costs.speedup(first.fastest())
+        if speedup > fastest:
+            raise CalibrationError(
+                f"a speed-up of {speedup:g} cannot be reached: of {self.residuals.steps} steps, the fastest schedule "
+                f"that is searched gives {fastest:.2f}; ask for less, or for fewer steps in num_inference_steps too"
+            )
+        runs: dict[Running, None] = {}
+        for search, whole in self.searches():
+            if len(runs) < self.effort.tried:
+                runs.setdefault(search.best(speedup, whole))
+        few = self.fitted[: self.effort.few]
+        tried = [self._rehearsed(running, few) for running in runs]
+        for _ in range(2 if self.effort.moved else 0):
+            best = max(tried, key=lambda one: one.score)
+            known = {one.running for one in tried}
+            near = [running for running in first.neighbours(best.running, speedup) if running not in known]
+            tried += [self._rehearsed(running, few) for running in near[: self.effort.moved]]
+        finalists = sorted(tried, key=lambda one: one.score, reverse=True)[: self.effort.finalists]
+        final = [self._rehearsed(one.running, self.fitted) for one in finalists]
+        self._tried = [(one.speedup, float(np.mean(one.rehearsal.psnr))) for one in tried]
+        return max(final, key=lambda one: one.score)
+
+    def _for_quality(self, psnr: float) -> Candidate:
+        """The fastest schedule whose clips have that mean PSNR."""
+        few, search = self.fitted[: self.effort.few], next(self.searches())[0]
+        fastest = self.costs.speedup(search.fastest())
+        wanted, reached, best = psnr + MARGIN, None, -math.inf
+        for target in LADDER:
+            if target > fastest:
+                break
+            mean = float(np.mean(self._rehearsed(search.best(target), few).rehearsal.psnr))
+            best = max(best, mean)
+            if mean < wanted:
+                break
+            reached = target
+        if reached is None:
+            raise CalibrationError(
+                f"a mean PSNR of {psnr:g} dB cannot be reached: {LADDER[0]:g} times as fast gives {best:.1f} dB; ask for "
+                f"less, or for a speed-up"
+            )
+        above = next((target for target in LADDER if target > reached), fastest)
+        for target in np.linspace(above, reached, 5)[1:]:
+            candidate = self._best(min(float(target), fastest))
+            if float(np.mean(candidate.rehearsal.psnr)) >= wanted:
+                return candidate
+        return candidate
+
+    def _rehearsed(self, running: Running, references: Sequence[Reference]) -> Candidate:
+        """A candidate, fitted to these references."""
+        name = f"rehearsal-{digest(running, [asdict(one.example) for one in references], asdict(self.options))}"
+
+        def rehearse() -> dict[str, Any]:
+            found = Rehearsals(self.stage, self.options).fit("calibrated", running, references)
+            return {"schedule": found.schedule.to_json(), "psnr": found.psnr, "drift": found.drift}
+
+        data = self.store.found(name, rehearse)
+        speedup = self.costs.speedup(running)
+        self._advance(len(references) / speedup)
+        rehearsal = Rehearsal(Schedule.from_json(data["schedule"]), tuple(data["psnr"]), tuple(data["drift"]))
+        return Candidate(rehearsal, running, speedup)
+
+    # ---- the result --------------------------------------------------------------------------------------------------
+
+    def _measured(self, candidate: Candidate, name: str, start: float) -> Found:
+        """Sample the held-out pairs with the engine itself."""
+        schedule = replace(candidate.rehearsal.schedule, name=name, made_for=self.signature)
+        api.compile(self.pipe, schedule)
+        try:
+            clips = []
+            for reference in self.held:
+                generator = torch.Generator().manual_seed(reference.example.seed)
+                settings = self.stage.call_arguments | {"prompt": reference.example.prompt}
+                frames = self.pipe(**settings, generator=generator, output_type="np").frames[0]
+                clips.append(np.clip(np.asarray(frames, np.float32), 0, 1))
+            flops = api.summary(self.pipe).flops
+        finally:
+            api.restore(self.pipe)
+        psnr = [
+            min(metrics.psnr(made[None], one.clip[None]), 100.0) for made, one in zip(clips, self.held, strict=True)
+        ]
+        seconds = time.perf_counter() - start
+        measured = Measured(
+            speedup=candidate.speedup,
+            flops_ratio=flops.ratio,
+            psnr=float(np.mean(psnr)),
+            psnr_interval=interval(psnr),
+            psnr_least=min(psnr),
+            pairs=len(psnr),
+            calibration=seconds / self.seconds_uncached,
+            seconds=seconds,
+        )
+        shown_clips = tuple(
+            (one.example.prompt, one.clip, made) for one, made in zip(self.held, clips, strict=True)
+        )
+        return Found(
+            replace(schedule, measured=measured), tuple(self._tried), candidate.rehearsal.drift, shown_clips
+        )
+
+    def _advance(self, generations: float) -> None:
+        self._spent += generations
+        self._bar.update(self._task, completed=self._spent)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % t interval of a mean; `None` for fewer than two values."""
+    if len(values) < 2:
+        return None
+    from scipy import stats  # comes with scikit-image
+
+    half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
+    mean = float(np.mean(values))
+    return mean - half, mean + half
+
+
+def divided(prompts: Sequence[str], effort: Effort, seed: int) -> tuple[list[Example], list[Example]]:
+    """The pairs that are fitted to and those held out. Each has a seed of its own, and where there are two prompts or
+    more, a quarter of them, at least one, is held out.
+
+    Prompts are taken at equal distances, as lists of them are often sorted.
+    """
+    held = spread(prompts, min(effort.held, max(1, len(prompts) // 4))) if len(prompts) > 1 else list(prompts)
+    rest = [prompt for prompt in prompts if prompt not in held] or list(prompts)
+    rest = spread(rest, min(len(rest), effort.fitted))
+    fitted = [Example(rest[i % len(rest)], seed + i) for i in range(effort.fitted)]
+    return fitted, [Example(held[i % len(held)], seed + effort.fitted + i) for i in range(effort.held)]
+
+
+def spread(prompts: Sequence[str], count: int) -> list[str]:
+    """So many of the prompts, at equal distances."""
+    return [prompts[(2 * i + 1) * len(prompts) // (2 * count)] for i in range(count)]
+
+
+def _check(pipe: Any, prompts: Sequence[str], steps: int, effort: str) -> None:
+    if not pipelines.is_pipeline(pipe):
+        raise CalibrationError(f"cannot calibrate a {type(pipe).__name__}; pass a diffusers pipeline")
+    if pipelines.attached(pipe):
+        raise CalibrationError(
+            f"this {type(pipe).__name__} is compiled; call fastercache.restore first, as calibration samples it uncached"
+        )
+    if isinstance(prompts, str) or not prompts or not all(isinstance(one, str) and one.strip() for one in prompts):
+        raise CalibrationError(f"prompts is {str(prompts)[:60]!r}; pass a list of at least one prompt, none empty")
+    if effort not in EFFORTS:
+        raise CalibrationError(f"effort is {effort!r}; it must be one of {', '.join(map(repr, EFFORTS))}")
+    if getattr(pipe, "scheduler", None) is None:
+        raise CalibrationError(f"{type(pipe).__name__} has no scheduler that could be followed")
+
+
+def _targets(speedup: float | None, psnr: float | None, frontier: Sequence[float] | None) -> list[float]:
+    given = {"speedup": speedup, "psnr": psnr, "frontier": frontier}
+    if sum(value is not None for value in given.values()) != 1:
+        raise CalibrationError("give one target: speedup=2.5, psnr=40.0, or frontier=(1.5, 2, 3)")
+    if psnr is not None:
+        if not 0 < psnr < 100:
+            raise CalibrationError(f"psnr is {psnr!r}; it must be a number of dB between 0 and 100")
+        return [2.5]
+    targets = [speedup] if frontier is None else list(frontier)
+    if not targets or not all(isinstance(one, int | float) and math.isfinite(one) and one > 1 for one in targets):
+        raise CalibrationError(f"a speed-up of {targets} is none; give numbers over 1, such as 2.5")
+    return [float(one) for one in targets if one is not None]
