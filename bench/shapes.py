@@ -3,7 +3,8 @@ disk.
 
 Every clip is one call of the pipeline with one prompt, as a user makes it. Clips are kept in chunks under
 `runs/bench-shapes/`, in a folder whose name is a hash of all that they depend on, so an interrupted evaluation goes on
-where it stopped and evaluations share clips.
+where it stopped and evaluations share clips. What does not run this package's engine (untouched pipelines at any step
+count and with any sampler, and others' caching) depends on weights, package versions and settings alone.
 """
 
 from __future__ import annotations
@@ -27,24 +28,26 @@ import numpy as np
 import torch
 
 import fastercache
-from bench import report
+from bench import peers, report
 from fastercache import ops, shapes, triton_kernels
 from fastercache.host import environment, steady
 from fastercache.report import metrics
 from fastercache.schedule.policies import Policy
+from fastercache.shapes.world import Scene
 
 WORK = report.ROOT / "runs" / "bench-shapes"
 FIRST_HELD_OUT_SEED = 10_000
 """Pair i samples from the noise of seed 10_000 + i. Training never samples from the pipeline; keep these seeds out of
 any tuning of it."""
+FIRST_CALIBRATION_SEED = 20_000
+"""Calibration pair i samples from the noise of seed 20_000 + i."""
 SCENE_STRIDE = 5
 """Coprime to the 16 and the 96 scenes: any run of consecutive pairs spreads over their words, and so many pairs cover
 every scene."""
 CHUNK = 4
 """Clips of one file, and of one unit of work."""
 PSNR_CEILING = 100.0
-"""In dB; stands for the infinite PSNR of equal clips, so that means stay finite. Frames kept as float16 differ by less
-than 80 dB only."""
+"""In dB; stands for the infinite PSNR of equal clips, so that means stay finite."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,37 @@ def held_out(pairs: int, pipeline: str = "shapes") -> list[Pair]:
     return [Pair(scenes[i * SCENE_STRIDE % len(scenes)].prompt, FIRST_HELD_OUT_SEED + i) for i in range(pairs)]
 
 
+def calibration_prompts(pipeline: str = "shapes") -> tuple[str, ...]:
+    """The half of a pipeline's prompts that settings may be found on: a checkerboard over the words, so that each half
+    has every word, and each word as often."""
+    world = shapes.PIPELINES[pipeline].world
+    words = (tuple(world.colours), tuple(world.shapes), tuple(world.directions), tuple(world.textures) or (None,))
+
+    def parity(scene: Scene) -> int:
+        named = (scene.colour, scene.shape, scene.direction, scene.texture)
+        return sum(known.index(word) for known, word in zip(words, named, strict=True)) % 2
+
+    return tuple(scene.prompt for scene in world.scenes if parity(scene) == 0)
+
+
+def calibration(pairs: int, pipeline: str = "shapes") -> list[Pair]:
+    """The first so many pairs that settings may be found on: `calibration_prompts` in turn, and seeds that no held-out
+    pair has."""
+    prompts = calibration_prompts(pipeline)
+    return [Pair(prompts[i * SCENE_STRIDE % len(prompts)], FIRST_CALIBRATION_SEED + i) for i in range(pairs)]
+
+
 @dataclass(frozen=True)
 class Variant:
     """A way to make clips.
 
-    schedule: JSON text, or `None` for the untouched pipeline. guided: `False` sets the guidance scale to 1.
-        cache_format: of the caches.
+    schedule: JSON text, or `None` where this package's engine does not run. guided: `False` sets the guidance scale to
+        1.
+    cache_format: of the caches.
     pipeline: the embedded one that makes them.
+    steps: of a run; `None` for as many as the evaluation has.
+    sampler: a name in `SAMPLERS`; `None` for the pipeline's own.
+    peer: somebody else's caching, as `bench.peers` has it.
     """
 
     name: str
@@ -75,7 +102,20 @@ class Variant:
     guided: bool = True
     cache_format: str = "model"
     pipeline: str = "shapes"
+    steps: int | None = None
+    sampler: str | None = None
+    peer: str | None = None
 
+    def steps_of(self, steps: int) -> int:
+        """Steps of its runs in an evaluation of that many."""
+        return steps if self.steps is None else self.steps
+
+
+SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "DPM-Solver++ 2M": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "Euler": ("FlowMatchEulerDiscreteScheduler", {}),
+}
+"""Classes of diffusers' samplers, and what is set beside the configuration of the pipeline's own."""
 
 UNCACHED = Variant("uncached")
 UNGUIDED = Variant("unguided", guided=False)
@@ -88,10 +128,10 @@ def cached(name: str, policy: Policy, steps: int, cache_format: str = "model") -
 
 @dataclass(frozen=True)
 class Clips:
-    """frames: float16 `[n, frames, H, W, 3]` in [0, 1]. seconds: float64 `[n]`, each clip's wall time.
+    """frames: float32 `[n, frames, H, W, 3]` in [0, 1]. seconds: float64 `[n]`, each clip's wall time.
 
-    facts: of a cached run: flops_ratio (uncached over cached, denoiser only), cache_bytes, implementations of the ops.
-        Otherwise empty.
+    facts: of a cached run: flops_ratio (uncached over cached, denoiser only), cache_bytes, and where this package's
+        engine ran implementations of the ops. Otherwise empty.
     """
 
     frames: np.ndarray
@@ -113,15 +153,36 @@ def pipeline(name: str = "shapes") -> Any:
     return shapes.load(name)
 
 
-def call(pipe: Any, pair: Pair, steps: int, guidance_scale: float, pipeline: str = "shapes") -> np.ndarray:
-    """One clip: float32 `[frames, H, W, 3]` in [0, 1]."""
+def call(pipe: Any, pair: Pair, steps: int, guidance_scale: float, pipeline: str = "shapes", **more: Any) -> np.ndarray:
+    """One clip: float32 `[frames, H, W, 3]` in [0, 1]. more: other arguments of the pipeline's call."""
     options = {
         **shapes.PIPELINES[pipeline].call,
+        **more,
         "num_inference_steps": steps,
         "guidance_scale": guidance_scale,
         "output_type": "np",
     }
     return pipe(pair.prompt, generator=torch.Generator().manual_seed(pair.seed), **options).frames[0]
+
+
+@contextmanager
+def sampled(pipe: Any, name: str | None) -> Iterator[None]:
+    """The pipeline has that sampler inside the block, made from the configuration of its own."""
+    if name is None:
+        yield
+        return
+    import diffusers
+
+    kind, changed = SAMPLERS[name]
+    own = pipe.scheduler
+    given = dict(own.config) | changed
+    if kind.startswith("FlowMatch"):
+        given["shift"] = own.config.flow_shift
+    pipe.scheduler = getattr(diffusers, kind).from_config(given)
+    try:
+        yield
+    finally:
+        pipe.scheduler = own
 
 
 @contextmanager
@@ -138,19 +199,53 @@ def compiled(pipe: Any, schedule: str | None, cache_format: str = "model") -> It
 
 
 def generate(variant: Variant, steps: int, pairs: Sequence[Pair], with_facts: bool) -> Clips:
-    """Make clips with this process's pipeline. Counting FLOPs for the facts takes a second or two."""
+    """Make clips with this process's pipeline. Counting FLOPs for the facts takes a second or two; of a peer, which
+    decides as it runs, as long as a few clips."""
     pipe = pipeline(variant.pipeline)
-    scale = guidance_scale(variant)
+    scale, own = guidance_scale(variant), variant.steps_of(steps)
     frames, seconds, facts = [], [], {}
-    with compiled(pipe, variant.schedule, variant.cache_format):
+    with ready(pipe, variant, own):
         for pair in pairs:
             start = time.perf_counter()
-            clip = call(pipe, pair, steps, scale, variant.pipeline)
+            clip = call(pipe, pair, own, scale, variant.pipeline)
             seconds.append(time.perf_counter() - start)
-            frames.append(np.clip(clip, 0, 1).astype(np.float16))
+            frames.append(np.clip(clip, 0, 1).astype(np.float32))
         if with_facts and variant.schedule is not None:
             facts = run_facts(pipe)
+        elif with_facts and variant.peer is not None:
+            facts = peer_facts(pipe, variant, own, pairs[0])
+    if with_facts and variant.peer is not None:
+        alone = peers.counted(pipe.transformer, lambda: call(pipe, pairs[0], 2, scale, variant.pipeline))
+        facts["flops_ratio"] = own * alone / 2 / facts.pop("flops")
     return Clips(np.stack(frames), np.asarray(seconds), facts)
+
+
+@contextmanager
+def ready(pipe: Any, variant: Variant, steps: int) -> Iterator[None]:
+    """The pipeline is as a variant has it inside the block."""
+    storage = variant.cache_format
+    with (
+        sampled(pipe, variant.sampler),
+        compiled(pipe, variant.schedule, storage),
+        peers.enabled(pipe, variant.peer, steps),
+    ):
+        yield
+
+
+def peer_facts(pipe: Any, variant: Variant, steps: int, pair: Pair) -> dict[str, Any]:
+    """Operations of a run of a peer that is enabled, and the most bytes that it keeps between two steps."""
+    most = 0
+
+    def look(pipe: Any, *_: Any) -> dict[str, Any]:
+        nonlocal most
+        most = max(most, peers.cache_bytes(pipe))
+        return {}
+
+    options = {"callback_on_step_end": look}
+    found = peers.counted(
+        pipe.transformer, lambda: call(pipe, pair, steps, guidance_scale(variant), variant.pipeline, **options)
+    )
+    return {"flops": found, "cache_bytes": most}
 
 
 def guidance_scale(variant: Variant) -> float:
@@ -174,7 +269,8 @@ def identity(variant: Variant, steps: int) -> dict[str, Any]:
     """All that a variant's clips depend on, but for the prompt and the seed. The variant's name is no part of it."""
     facts: dict[str, Any] = {
         "pipeline": _pipeline_hash(variant.pipeline),
-        "steps": steps,
+        "frames": "float32",
+        "steps": variant.steps_of(steps),
         "guidance_scale": guidance_scale(variant),
         "call": dict(shapes.PIPELINES[variant.pipeline].call),
     }
@@ -186,19 +282,32 @@ def identity(variant: Variant, steps: int) -> dict[str, Any]:
             "code": _code_hash(),
             "ops": ops.implementations(),
         }
+    if variant.sampler is not None:
+        kind, changed = SAMPLERS[variant.sampler]
+        facts["sampler"] = {"class": kind, **changed}
+    if variant.peer is not None:
+        package = peers.package_of(variant.peer)
+        facts["peer"] = json.loads(variant.peer)
+        facts["versions"][package] = environment.version(package)
     return facts
 
 
 @functools.lru_cache
 def _pipeline_hash(name: str) -> str:
-    """Hash of every file of the pipeline: weights, configurations, tokenizer."""
+    """Hash of every file of the pipeline: weights, configurations, tokenizer. The schedules beside them are no part of
+    it."""
     digest, folder = hashlib.sha256(), shapes.PIPELINES[name].path
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    schedules = folder / SCHEDULES
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and schedules not in path.parents):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 
-NOT_RUNNING = ("shapes", "report", "demo.py", "cli.py")
+FAILED = "error.txt"
+"""What a peer failed with, in the folder of its clips."""
+SCHEDULES = "schedules"
+"""The folder of a pipeline's calibrated schedules, inside its directory."""
+NOT_RUNNING = ("shapes", "report", "calibration", "demo.py", "cli.py")
 """What of the package has no part in running a schedule; everything else decides what a clip looks like."""
 
 
@@ -232,13 +341,19 @@ def save(path: Path, clips: Clips, pairs: Sequence[Pair]) -> None:
     report.write_whole(path, buffer.getvalue())
 
 
+def holds(path: Path, pairs: Sequence[Pair]) -> bool:
+    """Whether a file is there and has the clips of these pairs."""
+    if not path.exists():
+        return False
+    with np.load(path) as stored:
+        return json.loads(str(stored["pairs"])) == [asdict(pair) for pair in pairs]
+
+
 def load(path: Path, pairs: Sequence[Pair]) -> Clips | None:
     """The clips of a file; `None` if there is none, or if it holds clips of other pairs."""
-    if not path.exists():
+    if not holds(path, pairs):
         return None
     with np.load(path) as stored:
-        if json.loads(str(stored["pairs"])) != [asdict(pair) for pair in pairs]:
-            return None
         return Clips(stored["frames"], stored["seconds"], json.loads(str(stored["facts"])))
 
 
@@ -254,11 +369,21 @@ class Task:
     deadline: float
 
     def run(self, make: Make) -> float | None:
-        """Make the file; returns the seconds it took, or `None` if the deadline had passed."""
-        start = time.time()
-        if start > self.deadline:
+        """Make the file; returns the seconds it took, or `None` if the deadline had passed or a peer has failed.
+
+        What a peer fails with is kept beside its clips, and it is not run again: it depends on what the clips do.
+        """
+        start, failed = time.time(), self.path.with_name(FAILED)
+        if start > self.deadline or failed.exists():
             return None
-        save(self.path, make(self.variant, self.steps, self.pairs, self.first), self.pairs)
+        try:
+            clips = make(self.variant, self.steps, self.pairs, self.first)
+        except Exception as error:
+            if self.variant.peer is None:
+                raise
+            report.write_whole(failed, peers.described_error(error).encode())
+            return None
+        save(self.path, clips, self.pairs)
         return time.time() - start
 
 
@@ -276,49 +401,85 @@ def collect(
     minutes: float | None = None,
     make: Make = generate,
 ) -> tuple[int, dict[str, Clips]]:
-    """Clips of every variant for the same pairs; those on disk are not made again.
+    """Clips of every variant for the same pairs, as `make_clips` makes them.
+
+    Returns the number n of pairs for which every variant is there, and each variant's clips of the first n pairs, by
+    its name.
+    """
+    n, failed = make_clips(variants, pairs, steps, work=work, processes=processes, minutes=minutes, make=make)
+    if failed:
+        raise SystemExit("; ".join(f"{name}: {error}" for name, error in failed.items()))
+    return n, {variant.name: kept(variant, pairs[:n], steps, work) for variant in variants}
+
+
+def make_clips(
+    variants: Sequence[Variant],
+    pairs: Sequence[Pair],
+    steps: int,
+    *,
+    work: Path = WORK,
+    processes: int | None = None,
+    minutes: float | None = None,
+    make: Make = generate,
+) -> tuple[int, dict[str, str]]:
+    """Make the clips of every variant for the same pairs that are not on disk.
 
     Work goes pair by pair, all variants of a chunk before the next chunk, so that after `minutes` (begun chunks are
     finished) whole pairs are there. processes: workers with one torch thread each (default: one for each core), or 0 to
     work in this process.
 
-    Returns the number n of pairs for which every variant is there, and each variant's clips of the first n pairs, by
-    its name.
+    Returns the number n of pairs for which every variant is there, peers that cannot run left out, and what those fail
+    with, by the variant's name.
     """
     deadline = float("inf") if minutes is None else time.time() + 60 * minutes
-    chunks = [(start, tuple(pairs[start : start + CHUNK])) for start in range(0, len(pairs), CHUNK)]
+    chunks = _chunks(pairs)
     folders = {variant: folder_of(variant, steps, work) for variant in variants}
-
-    def path(variant: Variant, start: int, chunk: Sequence[Pair]) -> Path:
-        return folders[variant] / f"{start:05d}-{start + len(chunk):05d}.npz"
-
     tasks: dict[Path, Task] = {}
     for start, chunk in chunks:
         for variant in variants:
-            file = path(variant, start, chunk)
-            if file not in tasks and load(file, chunk) is None:
+            file = folders[variant] / _file_name(start, chunk)
+            if file not in tasks and not holds(file, chunk):
                 tasks[file] = Task(variant, steps, chunk, file, start == 0, deadline)
     missing = sum(len(task.pairs) for task in tasks.values())
     total = len(pairs) * len(set(folders.values()))
-    print(f"{total - missing} of {total} clips are there; {missing} to make, {steps} steps each", flush=True)
+    print(f"{total - missing} of {total} clips are there; {missing} to make, of runs of {steps} steps", flush=True)
     _run_all(list(tasks.values()), processes, make)
 
-    found: dict[str, list[Clips]] = {variant.name: [] for variant in variants}
+    failed = {
+        variant.name: (folder / FAILED).read_text() for variant, folder in folders.items() if (folder / FAILED).exists()
+    }
+    n = 0
     for start, chunk in chunks:
-        loaded = {variant.name: load(path(variant, start, chunk), chunk) for variant in variants}
-        if any(clips is None for clips in loaded.values()):
+        if not all(
+            holds(folder / _file_name(start, chunk), chunk)
+            for variant, folder in folders.items()
+            if variant.name not in failed
+        ):
             break
-        for name, clips in loaded.items():
-            found[name].append(clips)
-    n = sum(len(clips.seconds) for clips in next(iter(found.values())))
+        n += len(chunk)
     if not n:
         raise SystemExit("no pair was finished in time; give --minutes more, the clips made so far are kept")
-    return n, {
-        name: Clips(
-            np.concatenate([c.frames for c in parts]), np.concatenate([c.seconds for c in parts]), parts[0].facts
-        )
-        for name, parts in found.items()
-    }
+    return n, failed
+
+
+def kept(variant: Variant, pairs: Sequence[Pair], steps: int, work: Path = WORK) -> Clips:
+    """The clips of a variant that `make_clips` has made, for all of these pairs."""
+    folder = folder_of(variant, steps, work)
+    parts = []
+    for start, chunk in _chunks(pairs):
+        clips = load(folder / _file_name(start, chunk), chunk)
+        if clips is None:
+            raise FileNotFoundError(f"no clips of {variant.name} for pairs {start} to {start + len(chunk) - 1}")
+        parts.append(clips)
+    return Clips(np.concatenate([c.frames for c in parts]), np.concatenate([c.seconds for c in parts]), parts[0].facts)
+
+
+def _chunks(pairs: Sequence[Pair]) -> list[tuple[int, tuple[Pair, ...]]]:
+    return [(start, tuple(pairs[start : start + CHUNK])) for start in range(0, len(pairs), CHUNK)]
+
+
+def _file_name(start: int, chunk: Sequence[Pair]) -> str:
+    return f"{start:05d}-{start + len(chunk):05d}.npz"
 
 
 def _run_all(tasks: Sequence[Task], processes: int | None, make: Make) -> None:

@@ -89,7 +89,7 @@ class FakePipeline:
                 raise KeyboardInterrupt
             self.made.append((variant.name, pair.seed))
         values = [(pair.seed % 64 + len(variant.name)) / 128 for pair in pairs]
-        frames = np.stack([np.full((2, 4, 4, 3), value, np.float16) for value in values])
+        frames = np.stack([np.full((2, 4, 4, 3), value, np.float32) for value in values])
         return shapes.Clips(frames, np.ones(len(pairs)), {"flops_ratio": 1.5} if with_facts else {})
 
 
