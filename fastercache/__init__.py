@@ -3,8 +3,10 @@
 from fastercache.api import compile, disabled, release, restore, run, summary, warmup
 from fastercache.cache.formats import register as register_cache_format
 from fastercache.cache.ring import CacheFormat, Ring, RingSpec
+from fastercache.calibration.calibrate import calibrate
 from fastercache.errors import (
     CacheError,
+    CalibrationError,
     CompileError,
     FasterCacheError,
     FasterCacheWarning,
@@ -28,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CacheError",
     "CacheFormat",
+    "CalibrationError",
     "CompileError",
     "Family",
     "FasterCacheError",
@@ -45,6 +48,7 @@ __all__ = [
     "Step",
     "Summary",
     "UnsupportedModelError",
+    "calibrate",
     "compile",
     "disabled",
     "policies",

@@ -134,8 +134,8 @@ class Branches:
         """The prediction without the channels that the latents do not have, such as a learned variance."""
         if prediction.dim() != latents.dim():
             raise UnsupportedModelError(
-                f"a prediction of shape {list(prediction.shape)} and latents of {list(latents.shape)} do not add up, so "
-                f"no schedule can be fitted to {family.name} here"
+                f"a prediction of shape {list(prediction.shape)} and latents of {list(latents.shape)} do not add up, "
+                f"so no schedule can be fitted to {family.name} here"
             )
         for dim, size in enumerate(latents.shape):
             if prediction.shape[dim] > size:

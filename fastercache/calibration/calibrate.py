@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,16 +15,16 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastercache import api
 from fastercache.calibration.capture import Capture, Reference
+from fastercache.calibration.clips import Example, clip_of, interval, psnr
 from fastercache.calibration.costs import Costs
 from fastercache.calibration.gains import Disturbed, importance
-from fastercache.calibration.lockstep import Example, Stage
-from fastercache.calibration.rehearse import Options, Rehearsal, Rehearsals
+from fastercache.calibration.lockstep import Stage
+from fastercache.calibration.rehearse import FITTED, Options, Rehearsal, Rehearsals
 from fastercache.calibration.residuals import Residuals
-from fastercache.calibration.search import Running, Search, shown
+from fastercache.calibration.search import Running, Search
 from fastercache.calibration.store import Store, digest
 from fastercache.errors import CalibrationError
 from fastercache.host import pipelines
-from fastercache.report import metrics
 from fastercache.schedule.measured import Measured
 from fastercache.schedule.schedule import Schedule
 from fastercache.schedule.signature import Signature
@@ -98,7 +97,7 @@ class Found:
 
 def calibrate(
     pipe: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Mapping[str, Any]],
     *,
     num_inference_steps: int = 50,
     speedup: float | None = None,
@@ -118,7 +117,8 @@ def calibrate(
     alone (`schedule.measured`). `schedule.made_for` says which runs it is for.
 
     pipe: a diffusers pipeline that is not compiled, on its device. prompts: as its users write them; 12 and more serve
-        best, fewer are sampled with several seeds each. num_inference_steps: 9 or more.
+        best, fewer are sampled with several seeds each. One may be a mapping: the arguments of its call, such as
+        `prompt_embeds` or `image`. num_inference_steps: 9 or more.
     speedup, psnr, frontier: one of them. How much faster than uncached the denoiser shall be, by the milliseconds that
         its calls are measured to take; or the least mean PSNR in dB of clips against uncached ones, as fast as that
         allows; or several speed-ups, which gives a list of schedules.
@@ -142,14 +142,14 @@ class Calibration:
     def __init__(
         self,
         pipe: Any,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Mapping[str, Any]],
         steps: int,
         effort: str,
         call: Mapping[str, Any],
         seed: int = 0,
         out: str | Path | None = None,
         progress: bool = True,
-        options: Options = Options(),
+        options: Options = FITTED,
     ):
         _check(pipe, prompts, steps, effort)
         self.effort, self.options = EFFORTS[effort], options
@@ -158,8 +158,8 @@ class Calibration:
         self.pipe, self.stage = pipe, Stage(pipe, call)
         identity = {
             "pipeline": type(pipe).__name__,
-            "call": call,
-            "pairs": [asdict(one) for one in (*self.fitted_examples, *self.held_examples)],
+            "call": {name: str(value) for name, value in call.items()},
+            "prompts": [one.key for one in (*self.fitted_examples, *self.held_examples)],
             "effort": asdict(self.effort),
             "options": asdict(options),
             "scheduler": [type(pipe.scheduler).__name__, dict(pipe.scheduler.config)],
@@ -208,9 +208,7 @@ class Calibration:
         self.fitted = [made(example) for example in self.fitted_examples]
         self.held = [made(example) for example in self.held_examples]
         first = self.fitted[0]
-        signature = self.store.found(
-            "signature", lambda: (capture.signature or self._signature(capture)).as_dict()
-        )
+        signature = self.store.found("signature", lambda: (capture.signature or self._signature(capture)).as_dict())
         self.signature = Signature.from_dict(signature, "the stored signature")
         self.costs = Costs(**self.store.found("costs", lambda: asdict(capture.costs(first.example))))
         disturbed = Disturbed(self.stage)
@@ -285,8 +283,8 @@ class Calibration:
             reached = target
         if reached is None:
             raise CalibrationError(
-                f"a mean PSNR of {psnr:g} dB cannot be reached: {LADDER[0]:g} times as fast gives {best:.1f} dB; ask for "
-                f"less, or for a speed-up"
+                f"a mean PSNR of {psnr:g} dB cannot be reached: {LADDER[0]:g} times as fast gives {best:.1f} dB; ask "
+                "for less, or for a speed-up"
             )
         above = next((target for target in LADDER if target > reached), fastest)
         for target in np.linspace(above, reached, 5)[1:]:
@@ -297,7 +295,7 @@ class Calibration:
 
     def _rehearsed(self, running: Running, references: Sequence[Reference]) -> Candidate:
         """A candidate, fitted to these references."""
-        name = f"rehearsal-{digest(running, [asdict(one.example) for one in references], asdict(self.options))}"
+        name = f"rehearsal-{digest(running, [one.example.key for one in references], asdict(self.options))}"
 
         def rehearse() -> dict[str, Any]:
             found = Rehearsals(self.stage, self.options).fit("calibrated", running, references)
@@ -319,75 +317,65 @@ class Calibration:
             clips = []
             for reference in self.held:
                 generator = torch.Generator().manual_seed(reference.example.seed)
-                settings = self.stage.call_arguments | {"prompt": reference.example.prompt}
-                frames = self.pipe(**settings, generator=generator, output_type="np").frames[0]
-                clips.append(np.clip(np.asarray(frames, np.float32), 0, 1))
+                settings = {"output_type": "np"} | self.stage.call_arguments | dict(reference.example.arguments)
+                clips.append(clip_of(self.pipe(**settings, generator=generator)))
             flops = api.summary(self.pipe).flops
         finally:
             api.restore(self.pipe)
-        psnr = [
-            min(metrics.psnr(made[None], one.clip[None]), 100.0) for made, one in zip(clips, self.held, strict=True)
-        ]
+        reached = [psnr(made, one.clip) for made, one in zip(clips, self.held, strict=True)]
         seconds = time.perf_counter() - start
         measured = Measured(
             speedup=candidate.speedup,
             flops_ratio=flops.ratio,
-            psnr=float(np.mean(psnr)),
-            psnr_interval=interval(psnr),
-            psnr_least=min(psnr),
-            pairs=len(psnr),
+            psnr=float(np.mean(reached)),
+            psnr_interval=interval(reached),
+            psnr_least=min(reached),
+            pairs=len(reached),
             calibration=seconds / self.seconds_uncached,
             seconds=seconds,
         )
-        shown_clips = tuple(
-            (one.example.prompt, one.clip, made) for one, made in zip(self.held, clips, strict=True)
-        )
-        return Found(
-            replace(schedule, measured=measured), tuple(self._tried), candidate.rehearsal.drift, shown_clips
-        )
+        shown_clips = tuple((one.example.name, one.clip, made) for one, made in zip(self.held, clips, strict=True))
+        return Found(replace(schedule, measured=measured), tuple(self._tried), candidate.rehearsal.drift, shown_clips)
 
     def _advance(self, generations: float) -> None:
         self._spent += generations
         self._bar.update(self._task, completed=self._spent)
 
 
-def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """The 95 % t interval of a mean; `None` for fewer than two values."""
-    if len(values) < 2:
-        return None
-    from scipy import stats  # comes with scikit-image
-
-    half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
-    mean = float(np.mean(values))
-    return mean - half, mean + half
-
-
-def divided(prompts: Sequence[str], effort: Effort, seed: int) -> tuple[list[Example], list[Example]]:
+def divided(prompts: Sequence[Any], effort: Effort, seed: int) -> tuple[list[Example], list[Example]]:
     """The pairs that are fitted to and those held out. Each has a seed of its own, and where there are two prompts or
     more, a quarter of them, at least one, is held out.
 
     Prompts are taken at equal distances, as lists of them are often sorted.
     """
-    held = spread(prompts, min(effort.held, max(1, len(prompts) // 4))) if len(prompts) > 1 else list(prompts)
-    rest = [prompt for prompt in prompts if prompt not in held] or list(prompts)
+    held = spread(range(len(prompts)), min(effort.held, max(1, len(prompts) // 4)))
+    rest = [number for number in range(len(prompts)) if number not in held] or held
     rest = spread(rest, min(len(rest), effort.fitted))
-    fitted = [Example(rest[i % len(rest)], seed + i) for i in range(effort.fitted)]
-    return fitted, [Example(held[i % len(held)], seed + effort.fitted + i) for i in range(effort.held)]
+
+    def pairs(numbers: Sequence[int], count: int, first: int) -> list[Example]:
+        return [Example.of(prompts[numbers[i % len(numbers)]], first + i) for i in range(count)]
+
+    return pairs(rest, effort.fitted, seed), pairs(held, effort.held, seed + effort.fitted)
 
 
-def spread(prompts: Sequence[str], count: int) -> list[str]:
-    """So many of the prompts, at equal distances."""
-    return [prompts[(2 * i + 1) * len(prompts) // (2 * count)] for i in range(count)]
+def spread(numbers: Sequence[int], count: int) -> list[int]:
+    """So many of the numbers, at equal distances."""
+    return [numbers[(2 * i + 1) * len(numbers) // (2 * count)] for i in range(count)]
 
 
-def _check(pipe: Any, prompts: Sequence[str], steps: int, effort: str) -> None:
+def _check(pipe: Any, prompts: Sequence[str | Mapping[str, Any]], steps: int, effort: str) -> None:
     if not pipelines.is_pipeline(pipe):
         raise CalibrationError(f"cannot calibrate a {type(pipe).__name__}; pass a diffusers pipeline")
     if pipelines.attached(pipe):
         raise CalibrationError(
-            f"this {type(pipe).__name__} is compiled; call fastercache.restore first, as calibration samples it uncached"
+            f"this {type(pipe).__name__} is compiled; call fastercache.restore first, as calibration samples it "
+            "uncached"
         )
-    if isinstance(prompts, str) or not prompts or not all(isinstance(one, str) and one.strip() for one in prompts):
+    if (
+        isinstance(prompts, str)
+        or not prompts
+        or not all(one.strip() if isinstance(one, str) else isinstance(one, Mapping) for one in prompts)
+    ):
         raise CalibrationError(f"prompts is {str(prompts)[:60]!r}; pass a list of at least one prompt, none empty")
     if effort not in EFFORTS:
         raise CalibrationError(f"effort is {effort!r}; it must be one of {', '.join(map(repr, EFFORTS))}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,11 +18,13 @@ import numpy as np
 import torch
 
 from fastercache.calibration.branches import Branches, CallNotes, wait
+from fastercache.calibration.clips import Example
 from fastercache.calibration.costs import Costs
-from fastercache.calibration.lockstep import Example, Lane, Moment, Stage
+from fastercache.calibration.lockstep import Lane, Moment, Stage
 from fastercache.errors import CalibrationError
 from fastercache.host.signature import signature_of
 from fastercache.schedule.signature import Signature
+from fastercache.schedule.step import RunningBranches
 
 WINDOW = 20
 """Steps over which inner products are kept: no schedule that is searched reads from further back."""
@@ -38,8 +40,8 @@ latents that the denoiser was given, and the low frequencies of the difference."
 class Reference:
     """One uncached generation.
 
-    latents: `[steps + 1, ...]`, the scheduler's sample before each step and after the last. guided: `[steps, ...]`, what
-    the scheduler was given. clip: float32 `[frames, H, W, 3]` in [0, 1]. products: float64 `[steps, 4, steps, 4]`,
+    latents: `[steps + 1, ...]`, the scheduler's sample before each step and after the last. guided: `[steps, ...]`,
+    what the scheduler was given. clip: as `clip_of` gives it. products: float64 `[steps, 4, steps, 4]`,
     inner products as `COND` to `LOW` number them, NaN for steps further apart than `WINDOW`. weights: float64
     `[steps, 2]`, the guided prediction as a sum of the conditional prediction and the difference of the branches.
     response: float64 `[steps]`, by how much the next latents change with the guided prediction; NaN where not in
@@ -132,7 +134,7 @@ class Capture:
         difference = calls.now["uncond"] - cond if guided else torch.zeros_like(cond)
         if not all(bool(torch.isfinite(one).all()) for one in (cond, difference, moment.prediction)):
             raise CalibrationError(
-                f"the prediction of {where} for the prompt {lane.example.prompt!r} is not finite; leave that prompt "
+                f"the prediction of {where} for the prompt {lane.example.name!r} is not finite; leave that prompt "
                 "out, or see whether the pipeline makes a video of it at all"
             )
         if not watch.latents:
@@ -166,7 +168,7 @@ class Capture:
         watched = Branches(self.stage)
 
         def conduct(lane: Lane, component: str, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-            running = "cond" if lane.step and lane.step % 2 == 0 else "both"
+            running: RunningBranches = "cond" if lane.step and lane.step % 2 == 0 else "both"
             return watched.call(lane, lane.notes, running, component, original, arguments)
 
         with self.stage.lanes([example], conduct) as (lane,):
@@ -199,8 +201,8 @@ class Capture:
         if moment.prediction.shape != cond.shape:
             raise CalibrationError(
                 f"{type(lane.pipe).__name__} hands its scheduler predictions of shape "
-                f"{list(moment.prediction.shape)}, made of the denoiser's of {list(cond.shape)}; a schedule can be fitted where "
-                "both are laid out alike"
+                f"{list(moment.prediction.shape)}, made of the denoiser's of {list(cond.shape)}; a schedule can be "
+                "fitted where both are laid out alike"
             )
         basis = torch.stack([cond, difference] if guided else [cond]).flatten(1).double()
         target = moment.prediction.flatten().double()
@@ -218,7 +220,8 @@ class Capture:
     def _response(self, lane: Lane, moment: Moment) -> float:
         """The next latents' change for a change of the prediction, where it is in proportion; NaN elsewhere."""
         base = moment.prediction
-        nudge = torch.randn(base.shape, generator=torch.Generator().manual_seed(lane.step)).to(base) * base.float().std()
+        noise = torch.randn(base.shape, generator=torch.Generator().manual_seed(lane.step))
+        nudge = noise.to(base) * base.float().std()
         here, again = moment.respond(base), moment.respond(base)
         if not torch.equal(here, again):
             raise CalibrationError(

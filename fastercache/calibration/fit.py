@@ -10,6 +10,9 @@ import torch
 
 from fastercache.calibration.capture import products
 
+LARGEST = 300.0
+"""Coefficients are at most this large: a sum of larger ones is a small difference of large numbers, which rounding
+spoils."""
 RIDGES = tuple(10.0**-k for k in range(9, 1, -1))
 """Strengths that are tried, relative to each term's own size."""
 
@@ -61,4 +64,8 @@ def fitted(moments: Sequence[Moments], prior: np.ndarray) -> tuple[np.ndarray, f
 
         ridge = min(RIDGES, key=left_out)
     coefficients = solve(moments, prior, ridge)
+    for stronger in (one for one in (*RIDGES, 0.1, 1.0, 10.0) if one > ridge):
+        if np.abs(coefficients).max() <= LARGEST:
+            break
+        coefficients = solve(moments, prior, stronger)
     return coefficients, sum(one.error(coefficients) for one in moments)

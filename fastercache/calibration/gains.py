@@ -11,6 +11,7 @@ import torch
 from fastercache.calibration.branches import Branches, CallNotes
 from fastercache.calibration.capture import Reference
 from fastercache.calibration.lockstep import Lane, Stage
+from fastercache.schedule.step import RunningBranches
 
 
 class Disturbed:
@@ -46,7 +47,7 @@ class Disturbed:
 
     def _conduct(self, lane: Lane, component: str, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         # The first step runs, so that there is an output to give in place of others.
-        running = "both" if lane.step == 0 or lane.step > self._from else "none"
+        running: RunningBranches = "both" if lane.step == 0 or lane.step > self._from else "none"
         return self.branches.call(lane, lane.notes, running, component, original, arguments)
 
 

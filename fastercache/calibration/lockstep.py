@@ -20,18 +20,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from fastercache.calibration.clips import Example, clip_of
 from fastercache.errors import CalibrationError
 from fastercache.host import pipelines
 from fastercache.host.labels import CallLabels
 from fastercache.models.patching import ForwardPatch
-
-
-@dataclass(frozen=True)
-class Example:
-    """What one generation is made from."""
-
-    prompt: str
-    seed: int
 
 
 class Left(BaseException):
@@ -41,9 +34,7 @@ class Left(BaseException):
 class Conduct(Protocol):
     """What is done in place of a call of the denoiser."""
 
-    def __call__(
-        self, lane: Lane, component: str, original: Callable[..., Any], arguments: dict[str, Any]
-    ) -> Any: ...
+    def __call__(self, lane: Lane, component: str, original: Callable[..., Any], arguments: dict[str, Any]) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -62,7 +53,7 @@ class Moment:
 class Lane:
     """One call of a pipeline, made step by step.
 
-    step: the step it is in, from 0. clip: float32 `[frames, H, W, 3]` in [0, 1], once the call has ended. latents: those
+    step: the step it is in, from 0. clip: what `clip_of` makes of the call's result, once it has ended. latents: those
         after the last step that was made. notes: whatever a conduct keeps of this call.
     """
 
@@ -75,7 +66,7 @@ class Lane:
         self.pipe = copy.copy(pipe)
         self.pipe.scheduler = copy.deepcopy(pipe.scheduler)
         generator = torch.Generator().manual_seed(example.seed)
-        self.call = dict(call) | {"prompt": example.prompt, "generator": generator, "output_type": "np"}
+        self.call = {"output_type": "np"} | dict(call) | dict(example.arguments) | {"generator": generator}
         given = inspect.signature(type(pipe).__call__).bind(self.pipe, **self.call)
         given.apply_defaults()
         self.arguments: Mapping[str, Any] = given.arguments
@@ -85,7 +76,7 @@ class Lane:
         self._error: BaseException | None = None
         self._leaving = False
         self._follow(self.pipe.scheduler)
-        self._thread = threading.Thread(target=self._run, name=f"calibration of {example.prompt!r}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"calibration of {example.name!r}", daemon=True)
         self._thread.start()
 
     @property
@@ -107,6 +98,12 @@ class Lane:
             raise self._error
         return self._moment
 
+    @property
+    def result(self) -> np.ndarray:
+        """The clip of a call that has ended."""
+        assert self.clip is not None
+        return self.clip
+
     def leave(self) -> None:
         """End the call where it stands."""
         self._leaving = True
@@ -122,8 +119,7 @@ class Lane:
         self._go.acquire()
         try:
             if not self._leaving:
-                frames = self.pipe(**self.call).frames[0]
-                self.clip = np.clip(np.asarray(frames, np.float32), 0, 1)
+                self.clip = clip_of(self.pipe(**self.call))
         except Left:
             pass
         except BaseException as error:
@@ -195,8 +191,7 @@ class Stage:
         self.denoisers: dict[str, nn.Module] = pipelines.denoisers_of(pipe)
         self.labels: dict[str, CallLabels] = {}
         self._parameters = {
-            name: tuple(inspect.signature(type(model).forward).parameters)[1:]
-            for name, model in self.denoisers.items()
+            name: tuple(inspect.signature(type(model).forward).parameters)[1:] for name, model in self.denoisers.items()
         }
 
     @contextmanager

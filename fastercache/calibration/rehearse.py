@@ -15,9 +15,9 @@ import torch
 
 from fastercache.calibration.branches import Branches, CallNotes, Predicted
 from fastercache.calibration.capture import Reference
+from fastercache.calibration.clips import psnr
 from fastercache.calibration.fit import Moments, fitted
 from fastercache.calibration.lockstep import Lane, Moment, Stage
-from fastercache.report import metrics
 from fastercache.schedule.schedule import Schedule
 from fastercache.schedule.step import MAX_PREDICTIONS, Prediction, RunningBranches, Step
 
@@ -33,6 +33,10 @@ class Options:
     latents: bool = True
     previous: bool = True
     divisor: int = 5
+
+
+FITTED = Options()
+"""What `fastercache.calibrate` fits."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +64,17 @@ class _Watch:
 class Rehearsals:
     """Fits schedules to references on a stage that is open."""
 
-    def __init__(self, stage: Stage, options: Options = Options()):
+    def __init__(self, stage: Stage, options: Options = FITTED):
         self.stage, self.options = stage, options
         self.branches = Branches(stage)
         self.generations = 0.0
 
     def fit(
-        self, name: str, running: Sequence[RunningBranches], references: Sequence[Reference], given: Schedule | None = None
+        self,
+        name: str,
+        running: Sequence[RunningBranches],
+        references: Sequence[Reference],
+        given: Schedule | None = None,
     ) -> Rehearsal:
         """Run the examples of the references with steps that run these branches, and fit every coefficient.
 
@@ -79,19 +87,18 @@ class Rehearsals:
                 lane.notes = _Watch(reference)
             moments = [lane.advance() for lane in lanes]
             for i, branches in enumerate(running):
-                assert all(moment is not None for moment in moments)
                 step, results = self._step(i, branches, lanes, moments, None if given is None else given.steps[i])
                 steps.append(step)
                 for number, (lane, result) in enumerate(zip(lanes, results, strict=True)):
                     self.branches.begin_step(lane.notes.calls)
                     moments[number] = lane.advance(result)
-                    reached = lane.notes.reference.latents[i + 1].float()
-                    lane.notes.drift.append(float((lane.latents.float().cpu() - reached).square().mean()))
-            clips = [(lane.clip, lane.notes.reference.clip) for lane in lanes]
+                    wanted = lane.notes.reference.latents[i + 1].float()
+                    assert lane.latents is not None
+                    lane.notes.drift.append(float((lane.latents.float().cpu() - wanted).square().mean()))
+            reached = tuple(psnr(lane.result, lane.notes.reference.clip) for lane in lanes)
             drift = np.sqrt(np.mean([lane.notes.drift for lane in lanes], axis=0))
-        psnr = tuple(min(metrics.psnr(made[None], wanted[None]), 100.0) for made, wanted in clips)
         return Rehearsal(
-            Schedule(tuple(steps), name, self.options.divisor), psnr, tuple(float(value) for value in drift)
+            Schedule(tuple(steps), name, self.options.divisor), reached, tuple(float(value) for value in drift)
         )
 
     def _conduct(self, lane: Lane, component: str, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
@@ -101,9 +108,18 @@ class Rehearsals:
     # ---- one step ----------------------------------------------------------------------------------------------------
 
     def _step(
-        self, i: int, branches: RunningBranches, lanes: Sequence[Lane], moments: Sequence[Moment], given: Step | None
+        self,
+        i: int,
+        branches: RunningBranches,
+        lanes: Sequence[Lane],
+        moments: Sequence[Moment | None],
+        given: Step | None,
     ) -> tuple[Step, list[torch.Tensor | None]]:
-        problems = [self._problem(i, branches, lane, moment) for lane, moment in zip(lanes, moments, strict=True)]
+        problems = [
+            self._problem(i, branches, lane, moment)
+            for lane, moment in zip(lanes, moments, strict=True)
+            if moment is not None
+        ]
         prior = problems[0].prior
         if given is not None:
             coefficients = problems[0].coefficients_of(given)
@@ -124,10 +140,12 @@ class Rehearsals:
         watch: _Watch = lane.notes
         reference, calls, options = watch.reference, watch.calls, self.options
         of_cond, of_difference = (float(value) for value in reference.weights[i])
+        assert calls.latents is not None
         latents = calls.latents.float()
 
         def guided(one: Predicted) -> torch.Tensor:
-            return of_cond * one.cond if one.uncond is None else of_cond * one.cond + of_difference * one.difference
+            difference = one.difference
+            return of_cond * one.cond if difference is None else of_cond * one.cond + of_difference * difference
 
         target = reference.guided[i].to(moment.prediction).float()
         response = float(reference.response[i])
@@ -167,11 +185,10 @@ class Rehearsals:
 
     def _now(self, watch: _Watch) -> Predicted:
         calls = watch.calls
+        assert calls.latents is not None
         return Predicted(calls.now["cond"], calls.now.get("uncond"), calls.latents.float())
 
-    def _remember(
-        self, lane: Lane, branches: RunningBranches, problem: _Problem, coefficients: np.ndarray
-    ) -> None:
+    def _remember(self, lane: Lane, branches: RunningBranches, problem: _Problem, coefficients: np.ndarray) -> None:
         """What later steps read of this one: its own prediction, before any correction."""
         watch: _Watch = lane.notes
         calls = watch.calls
@@ -186,7 +203,8 @@ class Rehearsals:
                 rebuilt = rebuilt + values["previous"] * watch.differences[1][2]
             now.uncond = rebuilt
         elif calls.layout.guided:
-            difference = now.difference
+            assert now.uncond is not None
+            difference = now.uncond - now.cond
             low = self.branches.low(calls, difference, self.options.divisor)
             watch.differences = [(low, difference - low, difference), *watch.differences[:1]]
         watch.known = [now, *watch.known[: MAX_PREDICTIONS - 1]]

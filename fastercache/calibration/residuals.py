@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,7 +28,7 @@ class Residuals:
     def __init__(self, references: Sequence[Reference]):
         self.steps = len(references[0].guided)
         size = references[0].guided[0].numel()
-        self._products = np.nansum([one.products / size for one in references], axis=0) / len(references)
+        self._products = np.nansum(np.stack([one.products for one in references]), axis=0) / (size * len(references))
         self._weights = references[0].weights
         self.experts = references[0].experts
         self.guided = any(one.weights[:, 1].any() for one in references)
@@ -63,7 +64,7 @@ class Residuals:
         return self._least([(t, DIFFERENCE, of)], terms)
 
     def _product(self, one: list, other: list) -> float:
-        return sum(
+        return math.fsum(
             weight * factor * self._products[step, kind, at, of]
             for step, kind, weight in one
             for at, of, factor in other
@@ -75,4 +76,4 @@ class Residuals:
         both = np.array([self._product(one, target) for one in terms])
         square = square + RIDGE * np.diag(np.maximum(np.diag(square), 1e-30))
         found = np.linalg.solve(square, both)
-        return float(np.sqrt(max(self._product(target, target) - both @ found, 0.0)))
+        return math.sqrt(max(self._product(target, target) - float(both @ found), 0.0))

@@ -3,6 +3,7 @@ that what lies between them leaves at the end."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -23,17 +24,33 @@ class _Path(NamedTuple):
     """A path to a computed step.
 
     newest, before: the newest computed steps; full, full_before: the newest that ran both branches; -1 for none.
-    rebuilt: the error added up by rebuilt branches since `full`.
+    rebuilt: the error added up by rebuilt branches since `full`. kind: what the newest step runs. parent: the path
+    without it.
     """
 
     total: float
-    error: float
     newest: int
     before: int
     full: int
     full_before: int
     rebuilt: float
-    running: Running
+    kind: RunningBranches
+    parent: _Path | None
+
+    @property
+    def running(self) -> Running:
+        """All steps up to the newest."""
+        steps: list[RunningBranches] = []
+        path: _Path | None = self
+        while path is not None:
+            steps.append(path.kind)
+            if path.parent is not None:
+                steps += ["none"] * (path.newest - path.parent.newest - 1)
+            path = path.parent
+        return tuple(reversed(steps))
+
+
+_START = _Path(0.0, 0, -1, 0, -1, 0.0, "both", None)
 
 
 class Search:
@@ -55,8 +72,8 @@ class Search:
     ):
         self.residuals, self.costs, self.coherent = residuals, costs, coherent
         self.conditional = conditional and residuals.guided
-        self.skipped = residuals.skipped * importance[:, None, None]
-        self.rebuilt = residuals.rebuilt * importance[:, None, None]
+        self.rebuilt = (residuals.rebuilt * importance[:, None, None]).tolist()
+        self.gaps = self._gaps(residuals.skipped * importance[:, None, None])
         experts = residuals.experts
         self.firsts = [t for t in range(residuals.steps) if t == 0 or experts[t] != experts[t - 1]]
 
@@ -87,62 +104,77 @@ class Search:
 
     def error(self, running: Sequence[RunningBranches]) -> float:
         """What the search thinks of given steps: the square of the error at the end."""
-        path = _Path(0.0, 0.0, 0, -1, 0, -1, 0.0, ("both",))
-        computed = [t for t, branches in enumerate(running) if branches != "none"]
-        for t in [*computed[1:], len(running)]:
+        path: _Path | None = _START
+        for t in [*(t for t, branches in enumerate(running) if t and branches != "none"), len(running)]:
+            assert path is not None
             path = self._next(path, t, running[t] if t < len(running) else "both", 0.0)
-        return path.error
+            if path is None:
+                return np.inf
+        assert path is not None
+        return path.total
 
     def _cheapest(self, price: float, whole: int) -> Running:
         """The steps with the least error plus price times cost."""
         steps = self.residuals.steps
         must = {t for first in self.firsts for t in range(first, min(first + whole, steps))}
         at: list[dict[tuple, _Path]] = [{} for _ in range(steps + 1)]
-        start = _Path(price * self.costs.both, 0.0, 0, -1, 0, -1, 0.0, ("both",))
-        at[0][0, -1, 0, -1] = start
+        at[0][_START[2:5]] = _START
         for t in range(steps):
             for path in sorted(at[t].values(), key=lambda one: one.total)[:WIDTH]:
                 for following in range(t + 1, min(t + LONGEST_GAP + 2, steps + 1)):
-                    if any(skipped in must for skipped in range(t + 1, following)):
-                        break
                     kinds: tuple[RunningBranches, ...] = ("both", "cond")
                     if following == steps or following in must or not self.conditional:
                         kinds = ("both",)
                     for kind in kinds:
                         added = self._next(path, following, kind, price)
-                        key = added[2:6]
-                        if added.error < np.inf and (key not in at[following] or at[following][key].total > added.total):
-                            at[following][key] = added
-        return min(at[steps].values(), key=lambda one: one.total).running
+                        if added is None:
+                            continue
+                        known = at[following].get(added[2:5])
+                        if known is None or known.total > added.total:
+                            at[following][added[2:5]] = added
+                    if following in must:
+                        break
+        last = min(at[steps].values(), key=lambda one: one.total)
+        return last.running[:steps]
 
-    def _next(self, path: _Path, t: int, kind: RunningBranches, price: float) -> _Path:
-        """The path with the steps up to t skipped and step t computed; t past the end computes nothing."""
-        gap = []
-        for skipped in range(path.newest + 1, t):
-            a, b = skipped - path.newest, path.newest - path.before if path.before >= 0 else 0
-            gap.append(self.skipped[skipped, a, self._known(b)] if a <= LONGEST_GAP else np.inf)
-        error = self._together(gap)
-        running = path.running + ("none",) * (t - path.newest - 1)
-        cost = self.costs.none * (t - path.newest - 1)
-        full, full_before, rebuilt = path.full, path.full_before, path.rebuilt
+    def _next(self, path: _Path, t: int, kind: RunningBranches, price: float) -> _Path | None:
+        """The path with the steps up to t skipped and step t computed, `None` where that cannot be; t past the end
+        computes nothing."""
+        newest, full, full_before, rebuilt = path.newest, path.full, path.full_before, path.rebuilt
+        if t - newest > LONGEST_GAP + 1:
+            return None
+        distance = newest - path.before if path.before >= 0 else 0
+        error = self.gaps[newest][distance if distance <= FURTHEST else 0][t - newest - 1]
+        cost = self.costs.none * (t - newest - 1)
         if t < self.residuals.steps:
-            running, cost = (*running, kind), cost + getattr(self.costs, kind)
             if kind == "both":
-                full, full_before, rebuilt = t, path.full, 0.0
+                cost += self.costs.both
+                full, full_before, rebuilt = t, full, 0.0
             else:
-                a, b = t - full, full - full_before if full_before >= 0 else 0
-                own = self.rebuilt[t, a, self._known(b)] if a <= FURTHEST else np.inf
-                error += (rebuilt + own) ** 2 - rebuilt**2 if self.coherent else own**2
+                cost += self.costs.cond
+                distance = full - full_before if full_before >= 0 else 0
+                if t - full > FURTHEST:
+                    return None
+                own = self.rebuilt[t][t - full][distance if distance <= FURTHEST else 0]
+                error += own * (2 * rebuilt + own) if self.coherent else own * own
                 rebuilt += own
-        total = path.total + error + price * cost
-        return _Path(total, path.error + error, t, path.newest, full, full_before, rebuilt, running)
+        if not math.isfinite(error):
+            return None
+        return _Path(path.total + error + price * cost, t, newest, full, full_before, rebuilt, kind, path)
 
-    def _known(self, distance: int) -> int:
-        """The distance of the older of two results; 0, for none, where it is too far back."""
-        return distance if distance <= FURTHEST else 0
-
-    def _together(self, errors: Sequence[float]) -> float:
-        return sum(errors) ** 2 if self.coherent else sum(one * one for one in errors)
+    def _gaps(self, skipped: np.ndarray) -> list[list[list[float]]]:
+        """The error of so many skipped steps after a computed one: `[newest][distance to the one before][skipped]`."""
+        steps = self.residuals.steps
+        gaps = np.full((steps, FURTHEST + 1, LONGEST_GAP + 1), np.inf)
+        gaps[:, :, 0] = 0.0
+        for newest in range(steps):
+            for distance in range(FURTHEST + 1):
+                for count in range(1, min(LONGEST_GAP, steps - newest - 1) + 1):
+                    errors = [float(skipped[newest + a, a, distance]) for a in range(1, count + 1)]
+                    gaps[newest, distance, count] = (
+                        sum(errors) ** 2 if self.coherent else sum(one * one for one in errors)
+                    )
+        return gaps.tolist()
 
     def neighbours(self, running: Running, speedup: float, whole: int = 2) -> list[Running]:
         """Steps that differ from the given ones at two places and are at least so much faster than running all, those

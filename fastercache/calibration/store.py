@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 
 from fastercache.calibration.capture import Reference
-from fastercache.calibration.lockstep import Example
+from fastercache.calibration.clips import Example
 from fastercache.errors import CalibrationError
 
 IDENTITY = "calibration.json"
@@ -57,10 +56,9 @@ class Store:
         """An uncached generation: the stored one, or a new one, which is stored then."""
         if self.folder is None:
             return make(example)
-        name = hashlib.sha256(json.dumps(asdict(example)).encode()).hexdigest()[:12]
-        path = self.folder / f"uncached-{name}.npz"
+        path = self.folder / f"uncached-{digest(example.key)}.npz"
         if path.exists():
-            return _loaded(path)
+            return _loaded(path, example)
         reference = make(example)
         buffer = io.BytesIO()
         np.savez(
@@ -72,8 +70,7 @@ class Store:
             weights=reference.weights,
             response=reference.response,
             facts=json.dumps(
-                asdict(example)
-                | {"experts": reference.experts, "seconds": reference.seconds}
+                {"example": example.key, "experts": reference.experts, "seconds": reference.seconds}
                 | {name: [list(one.shape), str(one.dtype)[6:]] for name, one in _tensors(reference).items()}
             ),
         )
@@ -103,24 +100,28 @@ def _bytes(tensor: torch.Tensor) -> np.ndarray:
     return tensor.contiguous().view(torch.uint8).numpy()
 
 
-def _loaded(path: Path) -> Reference:
+def _loaded(path: Path, example: Example) -> Reference:
     try:
         with np.load(path) as stored:
             facts = json.loads(str(stored["facts"]))
-            tensors = {}
-            for name in ("latents", "guided"):
+
+            def tensor(name: str) -> torch.Tensor:
                 shape, dtype = facts[name]
-                tensors[name] = torch.from_numpy(stored[name]).view(getattr(torch, dtype)).view(shape)
-            arrays = {name: stored[name] for name in ("clip", "products", "weights", "response")}
+                return torch.from_numpy(stored[name]).view(getattr(torch, dtype)).view(shape)
+
+            return Reference(
+                example,
+                tensor("latents"),
+                tensor("guided"),
+                stored["clip"],
+                stored["products"],
+                stored["weights"],
+                stored["response"],
+                tuple(facts["experts"]),
+                facts["seconds"],
+            )
     except Exception as error:  # whatever a damaged archive makes NumPy raise
         raise CalibrationError(f"{path} cannot be read: {error}; remove it, and it is made again") from error
-    return Reference(
-        Example(facts["prompt"], facts["seed"]),
-        **tensors,
-        **arrays,
-        experts=tuple(facts["experts"]),
-        seconds=facts["seconds"],
-    )
 
 
 def digest(*parts: Sequence[Any] | Any) -> str:

@@ -1,0 +1,483 @@
+"""Calibration on small pipelines with random weights: what is fitted, found, kept and refused."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    DPMSolverMultistepScheduler,
+    UniPCMultistepScheduler,
+    WanPipeline,
+)
+from models import cogvideox
+from test_video_pipelines import wan, wan_experts
+
+import fastercache
+from fastercache import CalibrationError, Schedule, Step
+from fastercache.calibration.branches import Branches, CallNotes
+from fastercache.calibration.calibrate import EFFORTS, Calibration, Candidate, Effort, divided
+from fastercache.calibration.capture import Capture
+from fastercache.calibration.clips import Example, clip_of, psnr
+from fastercache.calibration.costs import Costs
+from fastercache.calibration.fit import Moments, fitted, solve
+from fastercache.calibration.lockstep import Stage
+from fastercache.calibration.rehearse import Options, Rehearsal, Rehearsals
+from fastercache.calibration.residuals import Residuals
+from fastercache.calibration.search import Search, shown
+
+pytestmark = pytest.mark.filterwarnings("ignore::fastercache.FasterCacheWarning")
+STEPS = 14
+SMALL = Effort(fitted=2, held=1, points=3, tried=2, few=1, finalists=1, moved=1)
+
+
+def cogvideo():
+    pipe = CogVideoXPipeline(
+        None, None, None, cogvideox(torch.float32), CogVideoXDDIMScheduler(timestep_spacing="trailing")
+    )
+    return pipe, {"height": 80, "width": 48, "num_frames": 9, "guidance_scale": 4.0, "use_dynamic_cfg": True}
+
+
+def flow_wan():
+    pipe, arguments = wan(1)
+    pipe.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    return pipe, arguments
+
+
+PIPELINES = {"cogvideox": cogvideo, "wan": flow_wan}
+
+
+def made(name):
+    pipe, arguments = PIPELINES[name]()
+    pipe.set_progress_bar_config(disable=True)
+    call = {key: value for key, value in arguments.items() if not key.endswith("_embeds")} | {"output_type": "latent"}
+    return pipe, call
+
+
+def prompts(count, name="cogvideox"):
+    """Texts as embeddings, which pipelines without a text encoder take."""
+    texts = []
+    for number in range(count):
+        generator = torch.Generator().manual_seed(number)
+        names = ("prompt_embeds", "negative_prompt_embeds")
+        texts.append({key: torch.randn((1, 5, 12), generator=generator) for key in names})
+    return texts
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setitem(EFFORTS, "quick", SMALL)
+
+
+def sampled(pipe, call, text, seed, steps=STEPS):
+    generator = torch.Generator().manual_seed(seed)
+    return clip_of(pipe(**call, **text, num_inference_steps=steps, generator=generator))
+
+
+MIXED = tuple(["both"] * 3 + ["none", "cond", "none", "none", "both", "cond", "cond", "none", "both", "none", "both"])
+
+
+# ---- what is captured ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_captured_generation_is_the_pipelines_own_and_its_products_are_those_of_its_predictions(name):
+    pipe, call = made(name)
+    stage = Stage(pipe, call | {"num_inference_steps": STEPS})
+    text = prompts(1)[0]
+    with stage.open():
+        reference = Capture(stage).reference(Example.of(text, 3))
+    assert np.array_equal(reference.clip, sampled(pipe, call, text, 3))
+    assert reference.latents.shape[0] == STEPS + 1 and reference.guided.shape[0] == STEPS
+    # The guided prediction of each step is what its weights make of the branches: so are its products.
+    for step in (0, STEPS - 1):
+        weights = np.asarray([*reference.weights[step], 0.0, 0.0])
+        square = float(weights @ reference.products[step, :, step] @ weights)
+        assert square == pytest.approx(float(reference.guided[step].double().square().sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_the_response_foretells_the_next_latents(name):
+    """`response` is by how much the next latents move with the prediction: the first step, disturbed by hand."""
+    pipe, call = made(name)
+    stage, text = Stage(pipe, call | {"num_inference_steps": STEPS}), prompts(1)[0]
+    with stage.open():
+        reference = Capture(stage).reference(Example.of(text, 3))
+        branches = Branches(stage)
+
+        def conduct(lane, component, original, arguments):
+            return branches.call(lane, lane.notes, "both", component, original, arguments)
+
+        with stage.lanes([Example.of(text, 3)], conduct) as (lane,):
+            lane.notes = CallNotes()
+            moment = lane.advance()
+            branches.begin_step(lane.notes)
+            lane.advance(moment.prediction + 0.5)
+            moved = lane.latents - reference.latents[1]
+    assert np.isfinite(reference.response).all()
+    torch.testing.assert_close(moved, torch.full_like(moved, 0.5 * reference.response[0]), rtol=1e-3, atol=1e-5)
+
+
+# ---- fits ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_fit_finds_known_coefficients_and_keeps_to_the_prior_where_nothing_tells():
+    generator = torch.Generator().manual_seed(0)
+    terms = [torch.randn(200, generator=generator) for _ in range(3)]
+    target = 2 * terms[0] - 0.5 * terms[1]
+    examples = [Moments.of([a[:100] for a in terms], target[:100]), Moments.of([a[100:] for a in terms], target[100:])]
+    found, error = fitted(examples, np.zeros(3))
+    np.testing.assert_allclose(found, [2.0, -0.5, 0.0], atol=1e-4)
+    assert error < 1e-3
+    same = [Moments.of([terms[0], terms[0]], terms[0])]  # two equal terms: nothing tells them apart
+    np.testing.assert_allclose(solve(same, np.asarray([1.0, 0.0]), 1e-3), [1.0, 0.0], atol=1e-9)
+
+
+def test_the_ridge_is_chosen_by_examples_that_are_left_out():
+    """Noise that differs between examples is not fitted: the coefficient stays with the prior."""
+    generator = torch.Generator().manual_seed(1)
+    examples = [
+        Moments.of([torch.randn(4, generator=generator)], torch.randn(4, generator=generator)) for _ in range(4)
+    ]
+    least = solve(examples, np.zeros(1), 1e-9)
+    found, _ = fitted(examples, np.zeros(1))
+    assert abs(found[0]) <= abs(least[0])
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_rehearsal_is_what_the_engine_does(name):
+    """Fitted in lockstep, without the engine; run by the engine on its rings: the same latents."""
+    pipe, call = made(name)
+    stage, texts = Stage(pipe, call | {"num_inference_steps": STEPS}), prompts(2)
+    with stage.open():
+        stage_references = [Capture(stage).reference(Example.of(text, seed)) for seed, text in enumerate(texts)]
+        rehearsal = Rehearsals(stage).fit("fitted", MIXED, stage_references)
+    assert [step.branches for step in rehearsal.schedule.steps] == list(MIXED)
+    fastercache.compile(pipe, rehearsal.schedule)
+    for seed, (text, reference, expected) in enumerate(zip(texts, stage_references, rehearsal.psnr, strict=True)):
+        assert psnr(sampled(pipe, call, text, seed), reference.clip) == pytest.approx(expected, abs=0.02)
+    summary = fastercache.summary(pipe)
+    assert summary.steps_done == STEPS
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_fitted_schedules_are_nearer_than_the_same_steps_held(name):
+    pipe, call = made(name)
+    stage, texts = Stage(pipe, call | {"num_inference_steps": STEPS}), prompts(3)
+    held = Schedule(tuple(Step(branches) for branches in MIXED))
+    with stage.open():
+        found = [Capture(stage).reference(Example.of(text, seed)) for seed, text in enumerate(texts)]
+        fit = Rehearsals(stage).fit("fitted", MIXED, found[:2]).schedule
+        # On a text and a seed that nothing was fitted to.
+        fitted_psnr, held_psnr = (
+            Rehearsals(stage).fit("given", MIXED, found[2:], schedule).psnr[0] for schedule in (fit, held)
+        )
+    assert fitted_psnr > held_psnr + 1.0
+
+
+def test_corrections_and_the_closed_loop_are_switched_by_the_options():
+    pipe, call = made("cogvideox")
+    stage = Stage(pipe, call | {"num_inference_steps": STEPS})
+    with stage.open():
+        found = [Capture(stage).reference(Example.of(text, seed)) for seed, text in enumerate(prompts(2))]
+        plain = Rehearsals(stage, Options(correct=False)).fit("plain", MIXED, found)
+        bare = Rehearsals(stage, Options(latents=False, terms=1, previous=False)).fit("bare", MIXED, found)
+        best = Rehearsals(stage).fit("best", MIXED, found)
+    assert all(step.prediction is None for step in plain.schedule.steps if step.branches != "none")
+    assert any(step.prediction is not None for step in best.schedule.steps if step.branches == "both")
+    assert all(not step.previous for step in bare.schedule.steps)
+    assert all(len(step.terms.taps) == 1 and not step.terms.now for step in bare.schedule.steps if not step.runs)
+    assert np.mean(best.psnr) > np.mean(bare.psnr)
+
+
+# ---- the search ------------------------------------------------------------------------------------------------------
+
+
+class Toy:
+    """Residuals by a rule: a skipped step costs the distance to the newest computed one."""
+
+    def __init__(self, steps, guided=True):
+        self.steps, self.guided, self.experts = steps, guided, ("model",) * steps
+        self.skipped = np.full((steps, 8, 10), np.inf)
+        self.rebuilt = np.full((steps, 10, 10), np.inf)
+        for t, a, b in itertools.product(range(steps), range(1, 10), range(10)):
+            if t - a - b >= 0:
+                if a < 8:
+                    self.skipped[t, a, b] = a * (0.5 if b else 1.0)
+                self.rebuilt[t, a, b] = 0.1 * a
+
+
+def test_the_search_finds_the_best_of_all_schedules():
+    """Against every choice of branches for seven steps."""
+    costs, importance = Costs(2.0, 1.1, 0.01), np.linspace(2, 1, 7)
+    search = Search(Toy(7), importance, costs)
+    for speedup in (1.3, 1.7, 2.2):
+        found = search.best(speedup)
+        assert costs.speedup(found) >= speedup and found[:2] == ("both", "both")
+        every = [("both", "both", *rest) for rest in itertools.product(("both", "cond", "none"), repeat=5)]
+        within = [one for one in every if costs.speedup(one) >= speedup]
+        best = min(map(search.error, within))
+        # One price for all steps reaches the convex hull of the best alone: between its corners others are better.
+        hull = [one for one in within if search.error(one) <= best * 1.5]
+        assert search.error(found) in [pytest.approx(search.error(one)) for one in hull], (shown(found), best)
+
+
+def test_neighbours_keep_the_speed_and_the_first_steps():
+    costs = Costs(2.0, 1.0, 0.0)
+    search = Search(Toy(12), np.ones(12), costs)
+    running = search.best(2.0)
+    near = search.neighbours(running, 2.0)
+    assert near and running not in near
+    for one in near:
+        assert costs.speedup(one) >= 2.0 and one[:2] == ("both", "both")
+        assert 1 <= sum(a != b for a, b in zip(one, running, strict=True)) <= 2
+    assert [search.error(one) for one in near] == sorted(search.error(one) for one in near)
+
+
+def test_experts_begin_whole_and_read_nothing_of_each_other():
+    pipe, arguments = wan_experts(1)
+    pipe.set_progress_bar_config(disable=True)
+    call = {key: value for key, value in arguments.items() if not key.endswith("_embeds")} | {"output_type": "latent"}
+    stage, texts = Stage(pipe, call | {"num_inference_steps": STEPS}), prompts(2)
+    with stage.open():
+        found = [Capture(stage).reference(Example.of(text, seed)) for seed, text in enumerate(texts)]
+        change = next(t for t in range(STEPS) if found[0].experts[t] != found[0].experts[0])
+        search = Search(Residuals(found), np.ones(STEPS), Costs(2.0, 1.0, 0.0))
+        running = search.best(2.0)
+        assert running[change : change + 2] == ("both", "both")
+        rehearsal = Rehearsals(stage).fit("experts", running, found)
+    fastercache.compile(pipe, rehearsal.schedule)
+    assert psnr(sampled(pipe, call, texts[0], 0), found[0].clip) == pytest.approx(rehearsal.psnr[0], abs=0.02)
+
+
+# ---- the whole -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_calibrate_from_prompts_to_a_schedule_that_says_what_it_is(name, small, tmp_path):
+    pipe, call = made(name)
+    schedule = fastercache.calibrate(
+        pipe, prompts(3), num_inference_steps=STEPS, speedup=1.6, effort="quick", call=call, progress=False
+    )
+    assert len(schedule) == STEPS and schedule.measured.speedup >= 1.6 and schedule.measured.pairs == SMALL.held
+    assert schedule.made_for.steps == STEPS and schedule.made_for.scheduler == type(pipe.scheduler).__name__
+    path = tmp_path / "schedule.json"
+    schedule.to_json(path)
+    assert Schedule.from_json(path) == schedule
+    fastercache.compile(pipe, path)
+    sampled(pipe, call, prompts(1)[0], 0)
+    assert fastercache.summary(pipe).flops.ratio == pytest.approx(schedule.measured.flops_ratio)
+
+
+def test_guidance_off_skips_whole_steps_alone(small):
+    pipe, call = made("wan")
+    schedule = fastercache.calibrate(
+        pipe,
+        prompts(2),
+        num_inference_steps=STEPS,
+        speedup=1.5,
+        effort="quick",
+        call=call | {"guidance_scale": 1.0},
+        progress=False,
+    )
+    assert {step.branches for step in schedule.steps} == {"both", "none"}
+
+
+def test_an_interrupted_calibration_goes_on_and_the_same_findings_give_the_same_schedule(small, tmp_path, monkeypatch):
+    pipe, call = made("cogvideox")
+    calls = 0
+
+    def calibrate():
+        nonlocal calls
+        calls = 0
+        hook = pipe.transformer.register_forward_pre_hook(lambda *_: counted())
+        try:
+            return fastercache.calibrate(
+                pipe,
+                prompts(3),
+                num_inference_steps=STEPS,
+                speedup=1.6,
+                effort="quick",
+                call=call,
+                out=tmp_path,
+                progress=False,
+            )
+        finally:
+            hook.remove()
+
+    def counted():
+        nonlocal calls
+        calls += 1
+        if calls == stop:
+            raise KeyboardInterrupt
+
+    stop = 2 * STEPS + 3
+    with pytest.raises(KeyboardInterrupt):
+        calibrate()
+    assert len(list(tmp_path.glob("uncached-*.npz"))) == 2
+    stop = None
+    first = calibrate()
+    assert calls > STEPS
+    again = calibrate()
+    assert again.steps == first.steps
+    assert calls <= STEPS * SMALL.held  # the held-out pairs alone are sampled again
+    with pytest.raises(CalibrationError, match="another calibration, with other prompts"):
+        fastercache.calibrate(
+            pipe,
+            prompts(2),
+            num_inference_steps=STEPS,
+            speedup=1.6,
+            effort="quick",
+            call=call,
+            out=tmp_path,
+            progress=False,
+        )
+
+
+def test_an_interrupt_leaves_an_untouched_pipeline():
+    pipe, call = made("cogvideox")
+    forward, step = pipe.transformer.forward, pipe.scheduler.step
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = pipe.transformer.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fastercache.calibrate(pipe, prompts(2), num_inference_steps=STEPS, speedup=2.0, call=call, progress=False)
+    hook.remove()
+    assert pipe.transformer.forward == forward and pipe.scheduler.step == step
+    assert not any("calibration" in thread.name for thread in threading.enumerate())
+    fastercache.compile(pipe, "none")
+
+
+def test_a_target_of_quality_gives_the_fastest_schedule_that_has_it(monkeypatch):
+    """Where 10 dB are lost for each time that a run is faster."""
+    pipe, call = made("cogvideox")
+    calibration = Calibration(pipe, prompts(3), STEPS, "quick", call, progress=False)
+    calibration.fitted, costs = [], Costs(2.0, 1.0, 0.01)
+    calibration.costs, calibration.residuals, calibration.importance = costs, Toy(50), np.ones(50)
+
+    def rehearsed(running, references):
+        faster = costs.speedup(running)
+        return Candidate(Rehearsal(Schedule((Step(),)), (60 - 10 * faster,), ()), running, faster)
+
+    monkeypatch.setattr(calibration, "_rehearsed", rehearsed)
+    found = calibration._for_quality(35.0)
+    assert 35.0 <= found.score <= 38.0 and 2.2 < found.speedup < 2.5
+
+
+def test_pairs_are_divided_by_prompts():
+    effort = EFFORTS["full"]
+    fit, held = divided([f"prompt {i}" for i in range(8)], effort, 100)
+    assert len(fit) == effort.fitted and len(held) == effort.held
+    assert not {one.name for one in fit} & {one.name for one in held}
+    assert len({one.seed for one in fit + held}) == effort.fitted + effort.held
+    fit, held = divided(["only"], effort, 0)
+    assert {one.name for one in fit + held} == {"only"}
+    assert not {one.seed for one in fit} & {one.seed for one in held}
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+def refused(message, pipe=None, texts=None, target=None, **changes):
+    if pipe is None:
+        pipe, call = made("cogvideox")
+        changes["call"] = call | changes.get("call", {})
+    options = {"num_inference_steps": STEPS, "progress": False} | (target or {"speedup": 2.0}) | changes
+    with pytest.raises(CalibrationError, match=message):
+        fastercache.calibrate(pipe, prompts(2) if texts is None else texts, **options)
+
+
+@pytest.mark.parametrize("texts", ["a dog", [], [""], [3]])
+def test_no_prompts(texts):
+    refused("pass a list of at least one prompt", texts=texts)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ({"speedup": 2.0, "psnr": 40.0}, "give one target"),
+        ({"speedup": 1.0}, "give numbers over 1"),
+        ({"frontier": ()}, "give numbers over 1"),
+        ({"psnr": -3}, "between 0 and 100"),
+        ({"speedup": 2.0, "effort": "much"}, "must be one of"),
+    ],
+)
+def test_targets_that_are_none(target, message):
+    refused(message, target=target)
+
+
+def test_few_steps_are_refused_with_the_reason():
+    refused("made 8 steps; of so few none can be left out", num_inference_steps=8)
+
+
+def test_a_speed_that_cannot_be_reached_says_what_can(small):
+    refused(
+        r"cannot be reached: of 14 steps, the fastest schedule that is searched gives \d",
+        target={"speedup": 50.0},
+        effort="quick",
+    )
+
+
+def test_a_quality_that_cannot_be_reached_says_what_can(small):
+    refused(r"times as fast gives \d+\.\d dB", target={"psnr": 99.5}, effort="quick")
+
+
+def test_predictions_that_are_not_finite():
+    pipe, call = made("cogvideox")
+    pipe.transformer.proj_out.bias.data.fill_(float("nan"))
+    refused("step 1 for the prompt .* is not finite", pipe, call=call)
+
+
+def test_a_stochastic_sampler():
+    pipe, call = made("wan")
+    pipe.scheduler = DPMSolverMultistepScheduler(
+        algorithm_type="sde-dpmsolver++", prediction_type="flow_prediction", use_flow_sigmas=True
+    )
+    refused("adds noise of its own", pipe, call=call)
+
+
+def test_a_sampler_that_evaluates_the_model_more_than_once_a_step():
+    class Twice(WanPipeline):
+        def __call__(self, *args, **kwargs):
+            forward = self.transformer.forward
+            self.scheduler.step = functools.partial(self._step, self.scheduler.step, forward, kwargs["prompt_embeds"])
+            return super().__call__(*args, **kwargs)
+
+        def _step(self, step, forward, text, model_output, timestep, sample, **options):
+            forward(hidden_states=sample, timestep=timestep.expand(1), encoder_hidden_states=text)
+            return step(model_output, timestep, sample, **options)
+
+    pipe, call = made("wan")
+    pipe.__class__ = Twice
+    refused("calls its denoiser 3 times in step 1|without calling the denoiser", pipe, call=call)
+
+
+def test_a_compiled_pipeline():
+    pipe, call = made("cogvideox")
+    fastercache.compile(pipe)
+    refused("call fastercache.restore first", pipe, call=call)
+
+
+def test_a_full_disk_keeps_what_was_captured(small, tmp_path, monkeypatch):
+    write, files = Path.write_bytes, []
+
+    def full(self, data):
+        if self.name.startswith("uncached-") and len(files) == 1:
+            raise OSError(28, "No space left on device")
+        if self.name.startswith("uncached-"):
+            files.append(self)
+        return write(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    refused("make room or give another folder", effort="quick", out=tmp_path)
+    assert len(list(tmp_path.glob("uncached-*.npz"))) == 1
+    assert not list(tmp_path.glob("*.part"))
