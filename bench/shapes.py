@@ -113,7 +113,6 @@ class Variant:
 
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "DPM-Solver++ 2M": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
-    "Euler": ("FlowMatchEulerDiscreteScheduler", {}),
 }
 """Classes of diffusers' samplers, and what is set beside the configuration of the pipeline's own."""
 
@@ -175,10 +174,7 @@ def sampled(pipe: Any, name: str | None) -> Iterator[None]:
 
     kind, changed = SAMPLERS[name]
     own = pipe.scheduler
-    given = dict(own.config) | changed
-    if kind.startswith("FlowMatch"):
-        given["shift"] = own.config.flow_shift
-    pipe.scheduler = getattr(diffusers, kind).from_config(given)
+    pipe.scheduler = getattr(diffusers, kind).from_config(dict(own.config) | changed)
     try:
         yield
     finally:
