@@ -234,7 +234,7 @@ def peer_facts(pipe: Any, variant: Variant, steps: int, pair: Pair) -> dict[str,
 
     def look(pipe: Any, *_: Any) -> dict[str, Any]:
         nonlocal most
-        most = max(most, peers.cache_bytes(pipe))
+        most = max(most, peers.cache_bytes(pipe.transformer, pipe))
         return {}
 
     options = {"callback_on_step_end": look}
