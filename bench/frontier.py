@@ -263,12 +263,11 @@ def chosen_arms(arms: Sequence[Arm], names: Sequence[str]) -> list[Arm]:
 # ---- seconds ---------------------------------------------------------------------------------------------------------
 
 
-def timed_round(arms: Sequence[Arm], pair: shapes.Pair, steps: int, first: int) -> dict[str, dict[str, float]]:
-    """One clip of each arm, beginning with the arm of that number: seconds of the clip and in the denoiser, and PSNR
-    (dB) against this round's uncached clip."""
+def timed_round(arms: Sequence[Arm], pair: shapes.Pair, steps: int, number: int) -> dict[str, dict[str, float]]:
+    """One clip of each arm in the round of that number: seconds of the clip and in the denoiser, and PSNR (dB) against
+    this round's uncached clip."""
     clips, result = {}, {}
-    first %= len(arms)
-    for arm in (*arms[first:], *arms[:first]):
+    for arm in shapes.in_turn(arms, number):
         pipe = shapes.pipeline(arm.variant.pipeline)
         own, scale = arm.variant.steps_of(steps), shapes.guidance_scale(arm.variant)
         with shapes.ready(pipe, arm.variant, own), Stopwatch().on(pipe.transformer) as denoiser:

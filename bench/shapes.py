@@ -22,7 +22,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -138,6 +138,7 @@ class Clips:
     facts: dict[str, Any]
 
 
+Kind = TypeVar("Kind")
 Make = Callable[[Variant, int, Sequence[Pair], bool], Clips]
 """`make(variant, steps, pairs, with_facts)` generates clips."""
 
@@ -256,6 +257,13 @@ def run_facts(pipe: Any) -> dict[str, Any]:
         "cache_bytes": summary.cache_bytes,
         "implementations": summary.implementations,
     }
+
+
+def in_turn(kinds: Sequence[Kind], number: int) -> list[Kind]:
+    """The kinds in the order of a round of timed clips: another one begins each round, so that what slows the machine
+    down for a while slows all of them."""
+    first = number % len(kinds)
+    return [*kinds[first:], *kinds[:first]]
 
 
 # ---- the clips on disk -----------------------------------------------------------------------------------------------
