@@ -86,7 +86,10 @@ def policy_arms(
     pipeline: str, steps: int, found: frontier_settings.Found, clips: int, names: Sequence[str] = ()
 ) -> list[Arm]:
     """The published methods as this package has them."""
-    kinds = {"shapes": policies.pab, "wan": partial(policies.pab, intervals={"joint": 2, "cross": 6})}
+    kinds: dict[str, Policy] = {
+        "shapes": policies.pab,
+        "wan": partial(policies.pab, intervals={"joint": 2, "cross": 6}),
+    }
     chosen: dict[str, Policy] = {"fora": policies.fora, "taylorseer": policies.taylorseer, "pab": kinds[pipeline]}
     if any(wanted(f"{name}, ours", names) for name in ("teacache", "magcache", "given")):
         chosen |= frontier_settings.schedules(found, pipeline, steps, clips, POLICY_RATIO)

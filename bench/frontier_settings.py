@@ -32,7 +32,7 @@ from fastercache.shapes import PIPELINES
 
 CLIPS = 2
 """Calibration clips that a measurement or a trial is made of."""
-TRIALS = 5
+TRIALS = 6
 """Thresholds tried for one arm."""
 THRESHOLDS = (0.003, 3.0)
 """The least and the greatest threshold tried."""

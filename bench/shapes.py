@@ -396,21 +396,14 @@ def _one_thread() -> None:
 
 
 def collect(
-    variants: Sequence[Variant],
-    pairs: Sequence[Pair],
-    steps: int,
-    *,
-    work: Path = WORK,
-    processes: int | None = None,
-    minutes: float | None = None,
-    make: Make = generate,
+    variants: Sequence[Variant], pairs: Sequence[Pair], steps: int, *, work: Path = WORK, **how: Any
 ) -> tuple[int, dict[str, Clips]]:
-    """Clips of every variant for the same pairs, as `make_clips` makes them.
+    """Clips of every variant for the same pairs, made as `make_clips` has it; `how`: its other arguments.
 
     Returns the number n of pairs for which every variant is there, and each variant's clips of the first n pairs, by
     its name.
     """
-    n, failed = make_clips(variants, pairs, steps, work=work, processes=processes, minutes=minutes, make=make)
+    n, failed = make_clips(variants, pairs, steps, work=work, **how)
     if failed:
         raise SystemExit("; ".join(f"{name}: {error}" for name, error in failed.items()))
     return n, {variant.name: kept(variant, pairs[:n], steps, work) for variant in variants}
