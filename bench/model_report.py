@@ -143,6 +143,38 @@ def configuration_table(rows: Sequence[Row]) -> str:
     return report.table(header, cells)
 
 
+BESIDE = {
+    "uncached": "uncached",
+    "this package, the paper's schedule": "cached, paper",
+    "this package, whole steps": "cached, whole steps",
+    "diffusers FasterCache, the paper's schedule": "diffusers FasterCache",
+    "diffusers MagCache, the same whole steps": "diffusers MagCache",
+    "diffusers FirstBlockCache, the same whole steps": "diffusers FirstBlockCache",
+}
+"""What is compared, and the names of its rows but for the mode."""
+MODES = ("eager", "compiled")
+
+
+def beside(rows: Sequence[Row], model: str) -> list[tuple[str | None, ...]]:
+    """One line for each of `BESIDE` that was asked for: the faster of its modes, and what the run takes."""
+    result = []
+    uncached = find(rows, model, "eager uncached")
+    for what, name in BESIDE.items():
+        asked = [
+            row for row in rows if row["model"] == model and row["configuration"] in [f"{m} {name}" for m in MODES]
+        ]
+        right = [row for row in asked if find([row], model, row["configuration"])]
+        if right:
+            best = min(right, key=lambda row: row["seconds"])
+            over = uncached["seconds"] / best["seconds"] if uncached else None
+            peak, kept = best.get("peak_bytes"), best.get("cache_bytes")
+            cells = (number(best["seconds"], ".2f"), number(over, ".2f"), number(peak, ".2f", 1e-9))
+            result.append((what, best["configuration"].split()[0], *cells, number(kept, ".3f", 1e-9), None))
+        elif asked:
+            result.append((what, None, None, None, None, None, asked[-1]["outcome"]))
+    return result
+
+
 def attention_table(rows: Sequence[Row]) -> str:
     cells = [
         (
@@ -208,6 +240,13 @@ def _of_model(model: str, about: dict[str, Any], dtype: str, rows: Sequence[Row]
             ],
         ),
     ]
+    if any(row.get("peer") for row in rows):
+        parts += [
+            "Beside others: each in the faster of its modes, eager or compiled, as far as its hooks let it be; `over`: "
+            "how many times faster than the eager model. diffusers' MagCache and FirstBlockCache are made to skip the "
+            "steps that this package's schedule skips.",
+            report.table(("method", "mode", "seconds", "over", "peak GB", "cache GB", "why not"), beside(rows, model)),
+        ]
     kernels = [
         f"{row['configuration']}: `{row['attention_kernels'][0]}`" for row in rows if row.get("attention_kernels")
     ]

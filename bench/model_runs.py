@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -26,6 +27,7 @@ from fastercache.models.registry import family_of
 from fastercache.report.published import SYSTEMS
 from fastercache.schedule.branches import LayoutName, layout_of
 from fastercache.schedule.plan import Phase, Plan, PlannedStep, make_plan
+from fastercache.schedule.policies import Policy
 from fastercache.schedule.schedule import Schedule
 from fastercache.schedule.sites import SiteTree
 
@@ -40,6 +42,9 @@ UNCACHED_STEPS = 8
 REPEATS = 3
 """Steps of each phase in the part of a schedule that is timed, at least."""
 HIGHER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
+PEER_PREFIX = "diffusers "
+WHOLE_EVERY = 3
+"""Of the schedule "whole steps": after the first fifth of the steps, which run, one in so many runs."""
 ATTENTIONS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")
 
 Row = dict[str, Any]
@@ -47,7 +52,9 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Configuration:
-    """attention: "default", or "fastest" of what PyTorch has. whole: timed over whole runs."""
+    """attention: "default", or "fastest" of what PyTorch has. whole: timed over whole runs. schedule: "paper" or "whole
+    steps"; `None` for the one that the command names. peer: one of diffusers' hooks in place of this package.
+    """
 
     name: str
     cached: bool
@@ -56,6 +63,8 @@ class Configuration:
     cache_format: str = "model"
     mode: str | None = None
     whole: bool = False
+    schedule: str | None = None
+    peer: str | None = None
 
 
 CONFIGURATIONS = (
@@ -67,6 +76,16 @@ CONFIGURATIONS = (
     Configuration("compiled cached, fastest attention", cached=True, attention="fastest", whole=True),
     Configuration("compiled cached, int8", cached=True, cache_format="int8"),
     Configuration("compiled cached, CUDA graphs", cached=True, mode="reduce-overhead"),
+    *(
+        Configuration(f"{mode} cached, {schedule}", cached=True, compiled=mode == "compiled", schedule=schedule)
+        for schedule in ("paper", "whole steps")
+        for mode in ("eager", "compiled")
+    ),
+    *(
+        Configuration(f"{mode} {PEER_PREFIX}{peer}", cached=False, compiled=mode == "compiled", peer=peer)
+        for peer in ("FasterCache", "MagCache", "FirstBlockCache")
+        for mode in ("eager", "compiled")
+    ),
 )
 """The most important first, as time may run out."""
 
@@ -117,6 +136,12 @@ def part_with_all(schedule: Schedule, guided: bool, sites: SiteTree, repeats: in
             if enough and set(found) == set(phases) and _kept(other) == _kept(plan):
                 return part
     return schedule
+
+
+def whole_steps(steps: int) -> tuple[int, ...]:
+    """Numbers of the steps that run in the schedule "whole steps", from 1."""
+    first = max(steps // 5, 1)
+    return tuple(number for number in range(1, steps + 1) if number <= first or (number - first) % WHOLE_EVERY == 0)
 
 
 # ---- a model and its runs --------------------------------------------------------------------------------------------
@@ -189,18 +214,30 @@ class Case:
         self.layout = layout_of(layout or self.family.layout)
         self.sites = self.family.sites(self.model)
         self.tree = tuple(site.node for site in self.sites)
-        self.schedule = policies.get(schedule)(steps, self.layout.guided)
-        self.plan = self.plan_of(self.schedule)
-        self.part = part_with_all(self.schedule, self.layout.guided, self.tree, REPEATS)
-        self.part_plan = self.plan_of(self.part)
+        self.follow(policies.get(schedule)(steps, self.layout.guided))
         self.attentions: dict[str, SDPBackend | None] = {"default": None, "fastest": None}
-        self._recorded: dict[str, list[Any]] = {}
         latents = self.family.latents(self.arguments)
         self.latents_name = next(name for name, value in self.arguments.items() if value is latents)
         self.videos = latents.shape[0] // (2 if self.layout.guided and not self.layout.two_calls else 1)
         self.first = latents[: self.videos].float()
         text = next(name for name in ("encoder_hidden_states", "y") if name in self.arguments)
         self.other_text = {text: torch.randn_like(self.arguments[text])}
+
+    def follow(self, schedule: Schedule) -> None:
+        """Take a schedule for the case's own."""
+        self.schedule = schedule
+        self.plan = self.plan_of(schedule)
+        self.part = part_with_all(schedule, self.layout.guided, self.tree, REPEATS)
+        self.part_plan = self.plan_of(self.part)
+        self._recorded: dict[str, list[Any]] = {}
+
+    def following(self, name: str) -> Case:
+        """The same model with another schedule: "paper" or "whole steps"."""
+        other = copy(self)
+        computed = whole_steps(self.steps)
+        known: dict[str, Policy] = {"paper": policies.paper, "whole steps": partial(policies.given, computed=computed)}
+        other.follow(known[name](self.steps, self.layout.guided))
+        return other
 
     def plan_of(self, schedule: Schedule) -> Plan:
         """What a schedule means for this model."""

@@ -87,9 +87,9 @@ def enable_diffusers(model: Any, peer: str, arguments: Mapping[str, Any]) -> Non
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
     if "taylor_factors_dtype" in values:
         values["taylor_factors_dtype"] = getattr(torch, values["taylor_factors_dtype"])
-    config = getattr(hooks, DIFFUSERS[peer])(**values)
+    config, enable = getattr(hooks, DIFFUSERS[peer])(**values), model.enable_cache
     try:
-        model.enable_cache(config)
+        enable(config)
     except BaseException:
         model._cache_config = config  # what was attached before the error is taken off
         disable_diffusers(model)
@@ -167,8 +167,9 @@ def counted(model: nn.Module, call: Callable[[], Any]) -> int:
     return inside
 
 
-def cache_bytes(pipe: Any) -> int:
-    """Bytes of the tensors that a peer keeps between steps, at the moment of the call; each storage counts once."""
+def cache_bytes(model: nn.Module, pipe: Any = None) -> int:
+    """Bytes of the tensors that a peer keeps between steps of a denoiser, at the moment of the call; each storage
+    counts once. pipe: the denoiser's, where cache-dit has its own."""
     found: dict[int, int] = {}
     seen: set[int] = set()
 
@@ -188,7 +189,7 @@ def cache_bytes(pipe: Any) -> int:
         elif type(value).__module__.startswith(("diffusers.hooks", "cache_dit.caching")):
             look(vars(value), depth + 1)
 
-    for module in pipe.transformer.modules():
+    for module in model.modules():
         if hasattr(module, "_diffusers_hook"):
             for hook in module._diffusers_hook.hooks.values():
                 for name in ("state", "state_manager"):

@@ -22,7 +22,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -113,7 +113,6 @@ class Variant:
 
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "DPM-Solver++ 2M": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
-    "Euler": ("FlowMatchEulerDiscreteScheduler", {}),
 }
 """Classes of diffusers' samplers, and what is set beside the configuration of the pipeline's own."""
 
@@ -139,6 +138,7 @@ class Clips:
     facts: dict[str, Any]
 
 
+Kind = TypeVar("Kind")
 Make = Callable[[Variant, int, Sequence[Pair], bool], Clips]
 """`make(variant, steps, pairs, with_facts)` generates clips."""
 
@@ -175,10 +175,7 @@ def sampled(pipe: Any, name: str | None) -> Iterator[None]:
 
     kind, changed = SAMPLERS[name]
     own = pipe.scheduler
-    given = dict(own.config) | changed
-    if kind.startswith("FlowMatch"):
-        given["shift"] = own.config.flow_shift
-    pipe.scheduler = getattr(diffusers, kind).from_config(given)
+    pipe.scheduler = getattr(diffusers, kind).from_config(dict(own.config) | changed)
     try:
         yield
     finally:
@@ -238,7 +235,7 @@ def peer_facts(pipe: Any, variant: Variant, steps: int, pair: Pair) -> dict[str,
 
     def look(pipe: Any, *_: Any) -> dict[str, Any]:
         nonlocal most
-        most = max(most, peers.cache_bytes(pipe))
+        most = max(most, peers.cache_bytes(pipe.transformer, pipe))
         return {}
 
     options = {"callback_on_step_end": look}
@@ -260,6 +257,13 @@ def run_facts(pipe: Any) -> dict[str, Any]:
         "cache_bytes": summary.cache_bytes,
         "implementations": summary.implementations,
     }
+
+
+def in_turn(kinds: Sequence[Kind], number: int) -> list[Kind]:
+    """The kinds in the order of a round of timed clips: another one begins each round, so that what slows the machine
+    down for a while slows all of them."""
+    first = number % len(kinds)
+    return [*kinds[first:], *kinds[:first]]
 
 
 # ---- the clips on disk -----------------------------------------------------------------------------------------------
@@ -392,21 +396,14 @@ def _one_thread() -> None:
 
 
 def collect(
-    variants: Sequence[Variant],
-    pairs: Sequence[Pair],
-    steps: int,
-    *,
-    work: Path = WORK,
-    processes: int | None = None,
-    minutes: float | None = None,
-    make: Make = generate,
+    variants: Sequence[Variant], pairs: Sequence[Pair], steps: int, *, work: Path = WORK, **how: Any
 ) -> tuple[int, dict[str, Clips]]:
-    """Clips of every variant for the same pairs, as `make_clips` makes them.
+    """Clips of every variant for the same pairs, made as `make_clips` has it; `how`: its other arguments.
 
     Returns the number n of pairs for which every variant is there, and each variant's clips of the first n pairs, by
     its name.
     """
-    n, failed = make_clips(variants, pairs, steps, work=work, processes=processes, minutes=minutes, make=make)
+    n, failed = make_clips(variants, pairs, steps, work=work, **how)
     if failed:
         raise SystemExit("; ".join(f"{name}: {error}" for name, error in failed.items()))
     return n, {variant.name: kept(variant, pairs[:n], steps, work) for variant in variants}

@@ -1,7 +1,8 @@
 """How long one clip takes, uncached and cached with the paper's schedule: `python -m bench.shapes_speed [--pipeline
 wan]`.
 
-Uncached and cached take turns after a warm-up, so that a machine that slows down slows both. Times are seconds of a
+Uncached and cached take turns after a warm-up, and who begins alternates, so that a machine that slows down slows both;
+there is a thread for each free core, and freed memory stays with the process. Times are seconds of a
 whole call of the pipeline, text encoder and decoder included; those of the denoiser alone are given beside them.
 """
 
@@ -20,7 +21,7 @@ import torch
 import fastercache
 from bench import report, shapes
 from fastercache import Summary, policies
-from fastercache.host import environment
+from fastercache.host import environment, steady
 from fastercache.shapes import PIPELINES, STEPS
 
 EFFICIENCY_BAR = 0.9
@@ -84,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--steps", type=int, default=STEPS, help=f"denoising steps (default {STEPS})")
     parser.add_argument(
-        "--threads", type=int, default=environment.cores(), help="torch threads (default: one for each core)"
+        "--threads", type=int, default=None, help="torch threads (default: one for each core that is free)"
     )
     parser.add_argument(
         "--out",
@@ -98,22 +99,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.out == parser.get_default("out"):
         args.out = args.out.with_name(f"{args.pipeline}_speed.json")
-    torch.set_num_threads(args.threads)
     load_before = environment.machine()["load_average"]
+    if args.threads is None:
+        print(steady.choose_threads(), flush=True)
+    else:
+        torch.set_num_threads(args.threads)
+    threads = torch.get_num_threads()
     pipe = shapes.pipeline(args.pipeline)
     schedule = shapes.cached("cached", policies.paper, args.steps).schedule
     pairs = shapes.held_out(args.repeats + 1, args.pipeline)
 
     total: dict[str, list[float]] = {"uncached": [], "cached": []}
     denoiser: dict[str, list[float]] = {"uncached": [], "cached": []}
+    summary = None
     for number, pair in enumerate(pairs):
-        for kind, text in (("uncached", None), ("cached", schedule)):
-            seconds, inside, summary = once(pipe, text, pair, args.steps, args.pipeline)
+        for kind, text in shapes.in_turn((("uncached", None), ("cached", schedule)), number):
+            seconds, inside, found = once(pipe, text, pair, args.steps, args.pipeline)
+            summary = found or summary
             if number:
                 total[kind].append(seconds)
                 denoiser[kind].append(inside)
             print(f"{number or 'warm-up'} {kind}: {seconds:.3f} s, {inside:.3f} s of them in the denoiser", flush=True)
-    assert summary is not None, "the last clip was a cached one"
+    assert summary is not None, "every round has a cached clip"
     flops_ratio, cache_bytes = summary.flops.ratio, summary.cache_bytes
 
     ratios = [a / b for a, b in zip(total["uncached"], total["cached"], strict=True)]
@@ -149,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     outside = 1 - float(np.median([a / b for a, b in zip(denoiser["uncached"], total["uncached"], strict=True)]))
     body = [
         f'One clip of the embedded pipeline "{args.pipeline}", {args.steps} steps, guidance {guidance_scale}, float32, '
-        f"{args.threads} torch threads; {args.repeats} clips of each kind in turn, after a warm-up. "
+        f"{threads} torch threads; {args.repeats} clips of each kind in turn, after a warm-up. "
         f"The load average was {load_before} at the start.",
         report.table(
             ("variant", "median (s)", "least (s)", "denoiser, median (s)", "denoiser, least (s)"),
@@ -177,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "settings": {
             "steps": args.steps,
             "guidance_scale": guidance_scale,
-            "threads": args.threads,
+            "threads": threads,
             "repeats": args.repeats,
             "dtype": "float32",
             "load_average_before": load_before,

@@ -23,8 +23,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench import report
-from fastercache.host import environment
+from fastercache.host import environment, steady
 
 KINDS = ("engine", "dispatch", "compile", "shapes")
 FRESH = ("compile",)
@@ -105,7 +107,7 @@ class Process:
         self.process = subprocess.Popen(
             [sys.executable, "-c", start, str(Path(__file__).with_name("steps_worker.py"))],
             cwd=tree,
-            env=os.environ | {"PYTHONPATH": str(tree), "TORCHINDUCTOR_CACHE_DIR": cache},
+            env=os.environ | steady.ENVIRONMENT | {"PYTHONPATH": str(tree), "TORCHINDUCTOR_CACHE_DIR": cache},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
@@ -266,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="few repeats and small models, to try it out")
     parser.add_argument("--rounds", type=int, default=None, help=f"turns of each (default {FULL['rounds']})")
     parser.add_argument(
-        "--threads", type=int, default=environment.cores(), help="torch threads (default: one for each core)"
+        "--threads", type=int, default=None, help="torch threads (default: one for each core that is free)"
     )
     parser.add_argument(
         "--out", type=Path, default=report.RESULTS / "steps.json", help="JSON file; the Markdown table goes next to it"
@@ -276,8 +278,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rounds = chosen["rounds"] if args.rounds is None else args.rounds
     if rounds < 1:
         parser.error(f"--rounds {rounds}: give at least 1")
-    settings = chosen | {"threads": args.threads, "rounds": rounds}
     new_commit, load = report.commit(), environment.machine()["load_average"]
+    if args.threads is None:
+        print(steady.choose_threads(), flush=True)
+        args.threads = torch.get_num_threads()
+    settings = chosen | {"threads": args.threads, "rounds": rounds}
     with checkout(args.against) as tree:
         old_commit = git("rev-parse", "HEAD", root=tree)
         found, served = measure({"old": tree.resolve(), "new": report.ROOT.resolve()}, args.kinds, settings, rounds)

@@ -6,6 +6,8 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -90,8 +92,8 @@ def progress_bars(console: Console) -> Progress:
 def generate_pairs(
     pipe: Any, prompts: Sequence[str], *, steps: int, warm_up: int, seed: int, console: Console, **arguments: Any
 ) -> list[Pair]:
-    """For each prompt in turn: the clip of a compiled pipeline with `fastercache.disabled`, then the accelerated one,
-    from the same noise.
+    """For each prompt in turn: the clip of a compiled pipeline with `fastercache.disabled` and the accelerated one,
+    from the same noise. Who begins alternates, so that a machine that slows down or speeds up does it to both.
 
     Prompt k starts from `seed + k`. Before any is timed, a run of `warm_up` steps of both kinds is made and thrown
     away.
@@ -105,14 +107,20 @@ def generate_pairs(
     pairs = []
     with progress_bars(console) as progress:
         slow, fast = (progress.add_task(name, total=steps * len(prompts)) for name in ("uncached", "fastercache"))
-        for seed_of_clip, prompt in enumerate(prompts, seed):
-            with fastercache.disabled(pipe):
-                before, seconds = generate(
-                    pipe, prompt, steps=steps, seed=seed_of_clip, on_step=lambda: progress.advance(slow), **arguments
-                )
-            after, seconds_cached = generate(
-                pipe, prompt, steps=steps, seed=seed_of_clip, on_step=lambda: progress.advance(fast), **arguments
-            )
+        for number, prompt in enumerate(prompts):
+            clips: dict[str, tuple[np.ndarray, float]] = {}
+            for run in ("uncached", "cached")[:: -1 if number % 2 else 1]:
+                bar = slow if run == "uncached" else fast
+                with fastercache.disabled(pipe) if run == "uncached" else nullcontext():
+                    clips[run] = generate(
+                        pipe,
+                        prompt,
+                        steps=steps,
+                        seed=seed + number,
+                        on_step=partial(progress.advance, bar),
+                        **arguments,
+                    )
+            (before, seconds), (after, seconds_cached) = clips["uncached"], clips["cached"]
             pairs.append(Pair(prompt, before, after, seconds, seconds_cached))
     return pairs
 

@@ -5,16 +5,18 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("scipy")
 pytest.importorskip("skimage")
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # `bench` is not installed
 
-from bench import report, shapes, shapes_ablations, shapes_quality, stats
+from bench import report, shapes, shapes_ablations, shapes_quality, shapes_speed, stats
 
 
 def test_wilson_agrees_with_its_formula():
@@ -209,3 +211,37 @@ def test_report_files_are_strict_json_and_markdown(tmp_path, capsys):
         "# Title"
     )
     assert sorted(path.name for path in out.parent.iterdir()) == ["result.json", "result.md"]
+
+
+def test_timed_clips_take_turns_and_another_kind_begins_each_round(tmp_path, monkeypatch, capsys):
+    assert [shapes.in_turn("abc", number) for number in range(4)] == [
+        list("abc"),
+        list("bca"),
+        list("cab"),
+        list("abc"),
+    ]
+    order = []
+
+    def once(pipe, schedule, pair, steps, pipeline):
+        order.append((pair.seed, "uncached" if schedule is None else "cached"))
+        summary = SimpleNamespace(flops=SimpleNamespace(ratio=1.5), cache_bytes=1000)
+        return (3.0, 2.7, None) if schedule is None else (2.0, 1.8, summary)
+
+    monkeypatch.setattr(shapes_speed, "once", once)
+    monkeypatch.setattr(shapes, "pipeline", lambda name: None)
+    before = torch.get_num_threads()
+    out = tmp_path / "speed.json"
+    shapes_speed.main(["--repeats", "2", "--steps", "4", "--threads", "1", "--out", str(out)])
+    torch.set_num_threads(before)
+    first, second, third = (pair.seed for pair in shapes.held_out(3))
+    assert order == [
+        (first, "uncached"),
+        (first, "cached"),
+        (second, "cached"),
+        (second, "uncached"),
+        (third, "uncached"),
+        (third, "cached"),
+    ]
+    document = json.loads(out.read_text())
+    assert document["speed_up"] == 1.5 and document["efficiency"] == 1.0 and document["settings"]["threads"] == 1
+    assert [row["seconds"]["median"] for row in document["rows"]] == [3.0, 2.0]

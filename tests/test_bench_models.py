@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # `bench` is not installe
 from torch.nn.attention import SDPBackend
 
 import fastercache
-from bench import model_report, model_runs, models
+from bench import model_peers, model_report, model_runs, models
 from fastercache import Schedule, Step, policies
 from fastercache.report.published import SYSTEMS
 from fastercache.schedule.plan import make_plan
@@ -59,6 +59,63 @@ def test_rehearsal_from_the_command_to_the_files(tmp_path, threads, capsys):
     assert [bar["holds"] for bar in found["bars"]] == [None, None]  # small, and on a CPU
     text = (tmp_path / "models.md").read_text()
     assert "A rehearsal" in text and "not measured" in text and "commit `abc`" in text
+
+
+def test_peers_are_rehearsed_beside_ours(tmp_path, threads):
+    names = ["eager-uncached", "eager-cached-whole-steps", "compiled-cached-paper"]
+    names += [f"eager-diffusers-{peer}" for peer in ("fastercache", "magcache", "firstblockcache")]
+    names += ["compiled-diffusers-fastercache"]
+    steps = ["--steps", "15", "--minutes", "3"]
+    assert models.main(["--out", str(tmp_path), *SMALL, *steps, "--configurations", *names]) == 0
+    rows = {row["configuration"]: row for row in document(tmp_path)["rows"]}
+    assert all(row["outcome"] == "measured" for row in rows.values())
+    for mode in ("eager", "compiled"):
+        row = rows[f"{mode} diffusers FasterCache"]
+        assert row["error"] <= row["error_limit"] and set(row["phase_s"]) == {"both", "cond", "cond, blended"}
+        assert row["peer"] == "FasterCache" and row["cache_bytes"] > 0 and row["seconds"] > 0
+    assert set(rows["eager diffusers MagCache"]["phase_s"]) == {"computed", "skipped"}
+    assert rows["compiled cached, paper"]["cache_bytes"] > rows["eager cached, whole steps"]["cache_bytes"] > 0
+    text = (tmp_path / "models.md").read_text()
+    assert "| diffusers FirstBlockCache, the same whole steps | eager |" in text
+    assert "| this package, the paper's schedule | compiled |" in text
+
+
+@pytest.mark.parametrize("peer", ["FasterCache", "MagCache", "FirstBlockCache"])
+def test_a_window_of_a_peer_does_what_its_labels_say(case, peer, monkeypatch):
+    """So many rows of a block and of its self-attention run in each step; and a run has the kinds that its seconds are
+    made of."""
+    rows: list[list[int]] = []
+    predict, block = model_peers.predictions, case.model.transformer_blocks[1]
+
+    def step(*arguments):
+        rows.append([0, 0])
+        return predict(*arguments)
+
+    monkeypatch.setattr(model_peers, "predictions", step)
+    block.ff.register_forward_pre_hook(lambda _, args: rows[-1].__setitem__(0, len(args[0])))
+    block.attn1.to_q.register_forward_pre_hook(lambda _, args: rows[-1].__setitem__(1, len(args[0])))
+    clock = model_peers.Clock()
+    windows, kinds = model_peers.WINDOWS[peer](case, clock)
+    assert len(kinds) == case.steps and set(kinds) == {kind for window in windows for kind in window.kinds}
+    expected = {"both": [2, 2], "cond": [1, 1], "cond, blended": [1, 0], "computed": [2, 2], "skipped": [0, 0]}
+    for window in windows:
+        rows.clear()
+        with model_peers.hooked(case, peer, window.arguments, False, "eager"):
+            model_peers.walk(case, window, clock)
+        assert rows == [expected[kind] for kind in window.kinds]
+    if peer == "FasterCache":
+        assert abs(kinds.count("both") - sum(step.branches == "both" for step in policies.paper(12).steps)) <= 1
+    else:
+        assert [kind == "computed" for kind in kinds] == [n in model_runs.whole_steps(12) for n in range(1, 13)]
+
+
+def test_a_peer_that_cannot_run_is_listed_and_fails_nothing(tmp_path, threads):
+    names = ["eager-diffusers-fastercache", "eager-diffusers-magcache"]
+    arguments = ["--models", "vchitect-2.0", "--steps", "12", "--configurations", *names]
+    assert models.main(["--out", str(tmp_path), *SMALL, *arguments]) == 0
+    rows = document(tmp_path)["rows"][1:]
+    assert [row["outcome"].split(":")[0] for row in rows] == ["AttributeError"] * 2 and not rows[0]["correct"]
+    assert "enable_cache" in (tmp_path / "models.md").read_text()
 
 
 @pytest.mark.parametrize(

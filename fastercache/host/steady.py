@@ -25,6 +25,8 @@ LARGEST = 32 << 20
 """Bytes of the largest allocations that the heap can serve; glibc takes no higher threshold."""
 KEPT = 512 << 20
 """Bytes of free memory at the end of the heap beyond which it goes back to the system."""
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(LARGEST), "MALLOC_TRIM_THRESHOLD_": str(KEPT)}
+"""What glibc reads the same settings from as a process begins: for processes that run code of another revision."""
 LOOK = 0.3
 """Seconds for which the load of the cores is looked at."""
 
