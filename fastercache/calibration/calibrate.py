@@ -186,7 +186,7 @@ class Calibration:
         with self._bar:
             start = time.perf_counter()
             with self.stage.open():
-                self._prepare()
+                self.prepare()
             prepared = time.perf_counter() - start
             for target in targets:
                 start = time.perf_counter() - prepared
@@ -196,8 +196,8 @@ class Calibration:
                 self.results.append(self._measured(candidate, name, start))
         return self.results
 
-    def _prepare(self) -> None:
-        """Uncached generations, and what follows from them."""
+    def prepare(self) -> None:
+        """Uncached generations, and what follows from them; on a stage that is open."""
         capture = Capture(self.stage, self.options.divisor)
 
         def made(example: Example) -> Reference:
