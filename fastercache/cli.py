@@ -25,7 +25,7 @@ from fastercache import demo as demonstration
 from fastercache import ops, shapes
 from fastercache.cache import formats
 from fastercache.errors import FasterCacheError, FasterCacheWarning
-from fastercache.host import environment, steady
+from fastercache.host import carried, environment, steady
 from fastercache.report import charts
 from fastercache.report.published import SYSTEMS, System
 from fastercache.schedule import policies
@@ -64,7 +64,6 @@ class Dtype(str, Enum):
 
 
 MOST_STEPS, MOST_SEED = 10_000, 2**63 - 1
-HUB_NAME = r"[\w.-]+/[\w.-]+"
 
 
 def _fail(message: str) -> NoReturn:
@@ -104,7 +103,14 @@ def _print_version(asked: bool) -> None:
 
 SCHEDULE = "A policy, a preset or a schedule's JSON file"
 ScheduleOption = Annotated[
-    str, typer.Option("--schedule", help=f"{SCHEDULE}; `fastercache inspect --help` has the names.")
+    str | None,
+    typer.Option(
+        "--schedule",
+        help=(
+            f"{SCHEDULE}; `fastercache inspect --help` has the names. Default: what the pipeline carries for such a "
+            "run, else the paper's."
+        ),
+    ),
 ]
 NAMES = "\n".join(
     ("\b", "Policies:", *map("  {}".format, policies.BY_NAME), "Presets:", *map("  {}".format, policies.PRESETS))
@@ -176,7 +182,7 @@ def _steady(screen: Console) -> None:
     screen.print(steady.choose_threads(), soft_wrap=True)
 
 
-def _steps(schedule: Schedule | Policy, asked: int | None, default: int = 50) -> int:
+def _steps(schedule: Schedule | Policy | None, asked: int | None, default: int = 50) -> int:
     """As asked; else the length of a fixed schedule, or the default."""
     return asked or (len(schedule) if isinstance(schedule, Schedule) else default)
 
@@ -186,13 +192,13 @@ def _steps(schedule: Schedule | Policy, asked: int | None, default: int = 50) ->
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for video, picture and numbers.")] = Path("out/demo"),
     prompt: Annotated[list[str] | None, typer.Option(help="Such as 'a red circle moving right'; repeatable.")] = None,
-    schedule: ScheduleOption = "paper",
+    schedule: ScheduleOption = None,
     steps: StepsOption = None,
     seed: SeedOption = 0,
     dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
 ) -> None:
     """The embedded text-to-video model on your CPU: uncached beside accelerated, timed and measured."""
-    plan = policies.resolve(schedule)
+    plan = None if schedule is None else carried.resolve(schedule)
     _steady(console)
     demonstration.run_demo(
         out, prompt or demonstration.PROMPTS, plan, _steps(plan, steps), seed, dtype.on("cpu"), console
@@ -206,7 +212,7 @@ def sample(
         str, typer.Argument(help="A diffusers pipeline directory, a name on the hub, or 'shapes', the embedded one.")
     ],
     prompt: Annotated[str, typer.Option(help="What to show.")],
-    schedule: ScheduleOption = "paper",
+    schedule: ScheduleOption = None,
     steps: StepsOption = None,
     guidance: Annotated[
         float | None,
@@ -263,7 +269,7 @@ def sample(
     from fastercache.report import media, metrics
 
     screen = problems if as_json else console
-    plan = policies.resolve(schedule)
+    named = None if schedule is None else carried.resolve(schedule, download=download)
     if pipeline == "shapes":
         demonstration.check_prompt(prompt)
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device is Device.auto else device.value
@@ -276,6 +282,7 @@ def sample(
         _steady(screen)
     with screen.status(f"loading {pipeline}"):
         pipe = _load(pipeline, dtype.on(place), download).to(place)
+    plan = named or carried.resolve(None, pipe)
     call = inspect.signature(pipe.__call__).parameters
     arguments = _arguments(pipe, call, height=height, width=width, frames=frames, guidance_scale=guidance)
     steps = _steps(plan, steps, _default(call, "num_inference_steps") or 50)
@@ -290,20 +297,16 @@ def sample(
     found: dict[str, Any] = {"video": str(out)}
     with _refusals(pipe, {"steps": steps} | arguments):
         if compare:
-            warm_up = demonstration.warm_up_steps(plan, steps)
-            pairs = demonstration.generate_pairs(
-                pipe, [prompt], steps=steps, warm_up=warm_up, seed=seed, console=screen, **arguments
+            runs = demonstration.with_and_without(pipe, demonstration.warm_up_steps(plan, steps))
+            takes = demonstration.generate_takes(
+                pipe, [prompt], runs, steps=steps, seed=seed, console=screen, **arguments
             )
-            pair = pairs[0]
-            clip, seconds = pair.cached, pair.cached_seconds
-            psnr = metrics.psnr(pair.uncached[None], pair.cached[None])
-            found["uncached_seconds"] = round(pair.uncached_seconds, 3)
+            uncached, cached = takes[0].clips
+            clip, seconds = cached.frames, cached.seconds
+            psnr = metrics.psnr(uncached.frames[None], clip[None])
+            found["uncached_seconds"] = round(uncached.seconds, 3)
             found["psnr_db"] = round(psnr, 2) if math.isfinite(psnr) else None
-            text = (
-                f"uncached {pair.uncached_seconds:.2f} s, fastercache {seconds:.2f} s: "
-                f"{demonstration.pace(pair.uncached_seconds / seconds)}, "
-                + (f"PSNR {psnr:.1f} dB" if math.isfinite(psnr) else "identical")
-            )
+            text = f"uncached {uncached.seconds:.2f} s, fastercache {seconds:.2f} s: {demonstration.gains(takes, 1)}"
         else:
             with demonstration.progress_bars(screen) as progress:
                 task = progress.add_task("fastercache", total=steps)
@@ -313,7 +316,7 @@ def sample(
             text = f"{len(clip)} frames of {clip.shape[2]} x {clip.shape[1]} in {seconds:.2f} s"
     summary = fastercache.summary(pipe)
     if compare:
-        media.save(out, demonstration.comparison_of(pairs, summary), loops=demonstration.LOOPS)
+        media.save(out, demonstration.comparison_of(takes, {"fastercache": summary}), loops=demonstration.LOOPS)
     else:
         media.save(out, media.to_bytes(clip))
     if as_json:
@@ -355,7 +358,7 @@ def _check_source(pipeline: str, download: bool) -> None:
     """One line, before anything is loaded, for what cannot be a pipeline."""
     if pipeline == "shapes" or download or _is_directory(pipeline):
         return
-    if Path(pipeline).exists() or not re.fullmatch(HUB_NAME, pipeline):
+    if Path(pipeline).exists() or not re.fullmatch(carried.HUB_NAME, pipeline):
         _fail(
             f"{pipeline!r} is not a pipeline directory (no model_index.json in it); give one that save_pretrained "
             "wrote, or 'shapes'"

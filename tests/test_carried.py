@@ -9,13 +9,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
+import imageio.v3 as iio
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from models import arguments, cogvideox
+from rich.console import Console
 
 import fastercache
-from fastercache import Schedule, ScheduleError, Signature, Step, policies, shapes
+from fastercache import Schedule, ScheduleError, Signature, Step, demo, policies, shapes
 from fastercache.host import carried
 from fastercache.schedule.carried import Carried, index_of
 
@@ -135,6 +137,21 @@ def test_a_broken_index_leaves_the_pipeline_as_it_was(monkeypatch, directory):
         fastercache.compile(pipe)
     assert not hasattr(pipe.transformer, "_fastercache_engine")
     assert ran(fastercache.compile(pipe, "paper"), 4) == ("paper", "")
+
+
+def test_the_demo_shows_the_calibrated_one_beside_the_papers(monkeypatch, directory, tmp_path):
+    write(directory / "schedules", GUIDED)
+    monkeypatch.setitem(shapes.PIPELINES, "shapes", replace(shapes.PIPELINES["shapes"], path=directory))
+    found = demo.run_demo(tmp_path / "demo", [PROMPT], steps=4, console=Console(quiet=True))
+    calibrated = found["calibrated"]
+    assert (found["schedule"], calibrated["schedule"]) == ("paper", "guided")
+    assert calibrated["flops_ratio"] > found["flops_ratio"] > 1 and calibrated["psnr_db"] != found["psnr_db"]
+    assert calibrated["uncached"] == found["uncached"] and calibrated["cached"] != found["cached"]
+    assert iio.imread(tmp_path / "demo" / "comparison.png").shape[1] == 3 * 320 + 2 * 8 + 2 * 24
+    summary = (tmp_path / "demo" / "summary.txt").read_text()
+    assert "schedule 'paper', 4 steps" in summary and "schedule 'guided', 4 steps" in summary
+    one = demo.run_demo(tmp_path / "one", [PROMPT], policies.paper, steps=4, console=Console(quiet=True))
+    assert "calibrated" not in one and one["schedule"] == "paper"
 
 
 # ---- on the hub ------------------------------------------------------------------------------------------------------
