@@ -92,7 +92,7 @@ def progress_bars(console: Console) -> Progress:
 
 class Run(NamedTuple):
     """One of several ways to run a pipeline: inside the block that `enter` gives, with a run of `warm_up` steps
-    first."""
+    first, if any."""
 
     enter: Callable[[], AbstractContextManager[Any]]
     warm_up: int
@@ -110,12 +110,12 @@ def generate_takes(
 ) -> list[Take]:
     """For each prompt in turn: a clip of each way of running, by their names, from the same noise.
 
-    Prompt k starts from `seed + k`. Before any is timed, a run of each kind is made and thrown away.
+    Prompt k starts from `seed + k`. Before any is timed, the runs that warm up are made and thrown away.
     """
     from fastercache.report.media import Clip, Take
 
     with console.status("warming up"):
-        for run in runs.values():
+        for run in (run for run in runs.values() if run.warm_up):
             with run.enter():
                 generate(pipe, prompts[0], steps=run.warm_up, seed=seed, on_step=lambda: None, **arguments)
     takes = []
