@@ -1,4 +1,5 @@
-"""What calibrated schedules are worth on pairs that nothing was fitted to: `python -m bench.calibration [--pipeline wan]`.
+"""What calibrated schedules are worth on pairs that nothing was fitted to: `python -m bench.calibration [--pipeline
+wan]`.
 
 `--make` calibrates first, on the calibration prompts, and writes the schedules that the pipeline carries. Then
 PSNR over held-out pairs, apart for the prompts that calibration knew (with new seeds) and for those that it did not:
@@ -136,9 +137,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     body = [
         shapes.described(args.steps, args.pairs, n, args.pipeline),
         f"Calibrated on {len(shapes.calibration_prompts(args.pipeline))} of the prompts, with seeds from "
-        f"{shapes.FIRST_CALIBRATION_SEED} on, which no pair here has. PSNR in dB of decoded clips against uncached ones, "
-        "mean over pairs with its 95 % t interval; `new prompts` and `known prompts` are those that calibration did not "
-        "and did see. `calibration` is what it took, in times of one uncached generation.",
+        f"{shapes.FIRST_CALIBRATION_SEED} on, which no pair here has. PSNR in dB of decoded clips against uncached "
+        "ones, mean over pairs with its 95 % t interval; `new prompts` and `known prompts` are those that calibration "
+        "did not and did see. `calibration` is what it took, in times of one uncached generation.",
         *tables(rows, bars),
         "Steps (`#` both branches, `c` the conditional one, `.` none):",
         "```\n"

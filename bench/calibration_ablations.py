@@ -2,8 +2,8 @@
 
 From steps at equal distances and the newest prediction held, one stage after the other is added: steps chosen,
 coefficients fitted to what the model predicted, fitted in closed loop, full steps corrected, steps of the conditional
-branch alone, and the choice among candidates by measured clips. Beside that line: attention reused in the steps that run,
-and the residual of all blocks held in place of the prediction. Everything is made on the calibration prompts and
+branch alone, and the choice among candidates by measured clips. Beside that line: attention reused in the steps that
+run, and the residual of all blocks held in place of the prediction. Everything is made on the calibration prompts and
 measured on held-out pairs.
 """
 

@@ -183,7 +183,7 @@ class Worker:
         found = {}
         for name in ("uncached", "cached"):
             if name == "cached":
-                fastercache.compile(pipe)
+                fastercache.compile(pipe, "paper")
             try:
                 start = time.perf_counter()
                 self._clip(pipe)
@@ -199,7 +199,7 @@ class Worker:
         pipe = fastercache.shapes.load()
         pipe.set_progress_bar_config(disable=True)
         self._clip(pipe)
-        fastercache.compile(pipe)
+        fastercache.compile(pipe, "paper")
         self._clip(pipe)
         fastercache.restore(pipe)
         return pipe

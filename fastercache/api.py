@@ -13,7 +13,7 @@ from torch import nn
 
 from fastercache.cache.budget import CacheBudget
 from fastercache.errors import CompileError, RunError, UnsupportedModelError
-from fastercache.host import pipelines
+from fastercache.host import carried, pipelines
 from fastercache.host.diffusers import DiffusersHost
 from fastercache.models.hooks import refuse_others_at_work
 from fastercache.models.registry import family_of
@@ -21,7 +21,6 @@ from fastercache.report.summary import Summary, combined
 from fastercache.runtime.engine import Engine
 from fastercache.runtime.graphs import GraphOptions
 from fastercache.runtime.run import RunSpec
-from fastercache.schedule import policies
 from fastercache.schedule.branches import LayoutName, layout_of
 from fastercache.schedule.policies import Policy
 from fastercache.schedule.schedule import Schedule
@@ -42,12 +41,15 @@ def compile(
     mode: str | None = None,
     regional: bool = False,
     attention_backend: str | None = None,
+    download: bool = False,
 ) -> T:
     """Make a pipeline or a denoiser run a caching schedule; returns the same object.
 
     target: a diffusers pipeline, whose calls then are runs, or a denoiser (`nn.Module` of a known family).
-    schedule: a policy's name (default "paper", see `fastercache.policies`), a policy, a `Schedule`, or the path of its
-        JSON file.
+    schedule: a policy's name (see `fastercache.policies`), a policy, a `Schedule`, the path of its JSON file, or a
+        repository on the Hugging Face hub or a file in one ("user/name", "user/name/file.json"). None: of the schedules
+        that the pipeline's own directory carries, in a folder `schedules`, the one that fits a run's step count,
+        guidance and scheduler; where none does, "paper".
     steps, cfg: for a denoiser without a pipeline only: every `steps` steps are one run, with guidance as `cfg` says:
         the two halves of a batch ("uncond-first", "cond-first"), two calls a step ("uncond-then-cond",
         "cond-then-uncond"), or "none". A run that was left before its last step is known by the next call's shape, or
@@ -66,6 +68,7 @@ def compile(
         `restore`. "auto" times, at the first call and once, the installed ones that are exact (none that is quantized,
         as SageAttention, or would be downloaded) on the model's shapes, and takes the fastest: the summary tells the
         times. None leaves what `set_attention_backend` has set.
+    download: fetch a schedule's repository from the hub, where it is not on this machine.
 
     Errors leave the target as it was: `UnsupportedModelError`, `ScheduleError`, `CompileError` (compiled already, by
     this or by torch; an attention backend that is not there), `CacheError`.
@@ -74,8 +77,9 @@ def compile(
     if backend is None and (mode is not None or regional):
         raise CompileError(f"mode={mode!r}, regional={regional!r} without a backend; pass backend='inductor' too")
     options = GraphOptions(backend, mode, regional) if backend is not None else None
-    rule = policies.resolve(schedule)
-    if pipelines.is_pipeline(target):
+    is_pipeline = pipelines.is_pipeline(target)
+    rule = carried.resolve(schedule, target if is_pipeline else None, download=download)
+    if is_pipeline:
         if steps is not None or cfg is not None:
             raise CompileError("a pipeline tells its own step count and guidance; leave out steps= and cfg=")
         if pipelines.attached(target):

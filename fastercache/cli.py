@@ -1,4 +1,4 @@
-"""The command `fastercache`: demo, sample, inspect, info."""
+"""The command `fastercache`: demo, sample, calibrate, inspect, info."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -25,7 +25,7 @@ from fastercache import demo as demonstration
 from fastercache import ops, shapes
 from fastercache.cache import formats
 from fastercache.errors import FasterCacheError, FasterCacheWarning
-from fastercache.host import environment, steady
+from fastercache.host import carried, environment, steady
 from fastercache.report import charts
 from fastercache.report.published import SYSTEMS, System
 from fastercache.schedule import policies
@@ -64,7 +64,6 @@ class Dtype(str, Enum):
 
 
 MOST_STEPS, MOST_SEED = 10_000, 2**63 - 1
-HUB_NAME = r"[\w.-]+/[\w.-]+"
 
 
 def _fail(message: str) -> NoReturn:
@@ -104,7 +103,14 @@ def _print_version(asked: bool) -> None:
 
 SCHEDULE = "A policy, a preset or a schedule's JSON file"
 ScheduleOption = Annotated[
-    str, typer.Option("--schedule", help=f"{SCHEDULE}; `fastercache inspect --help` has the names.")
+    str | None,
+    typer.Option(
+        "--schedule",
+        help=(
+            f"{SCHEDULE}; `fastercache inspect --help` has the names. Default: what the pipeline carries for such a "
+            "run, else the paper's."
+        ),
+    ),
 ]
 NAMES = "\n".join(
     ("\b", "Policies:", *map("  {}".format, policies.BY_NAME), "Presets:", *map("  {}".format, policies.PRESETS))
@@ -115,6 +121,24 @@ StepsOption = Annotated[
     typer.Option("--steps", min=1, max=MOST_STEPS, help="Denoising steps; default: those of the schedule file, or 50."),
 ]
 SeedOption = Annotated[int, typer.Option(help="Seed of the noise.", callback=_seed)]
+GuidanceOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Guidance scale; default: the pipeline's own.",
+        callback=_number("guidance", "give a number, such as 5"),
+    ),
+]
+HeightOption = Annotated[int | None, typer.Option(min=1, help="Pixels; default: what the pipeline was made for.")]
+WidthOption = Annotated[int | None, typer.Option(min=1, help="Pixels; default: what the pipeline was made for.")]
+FramesOption = Annotated[
+    int | None, typer.Option(min=1, help="Length of the video; default: what the pipeline was made for.")
+]
+DeviceOption = Annotated[Device, typer.Option()]
+DtypeOption = Annotated[Dtype, typer.Option(help="auto: bfloat16 on a GPU, float32 on the CPU.")]
+DownloadOption = Annotated[bool, typer.Option("--download", help="Let diffusers fetch what is not on this machine.")]
+PipelineArgument = Annotated[
+    str, typer.Argument(help="A diffusers pipeline directory, a name on the hub, or 'shapes', the embedded one.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="The same as JSON, and nothing else on the standard output.")]
 
 
@@ -176,7 +200,7 @@ def _steady(screen: Console) -> None:
     screen.print(steady.choose_threads(), soft_wrap=True)
 
 
-def _steps(schedule: Schedule | Policy, asked: int | None, default: int = 50) -> int:
+def _steps(schedule: Schedule | Policy | None, asked: int | None, default: int = 50) -> int:
     """As asked; else the length of a fixed schedule, or the default."""
     return asked or (len(schedule) if isinstance(schedule, Schedule) else default)
 
@@ -186,13 +210,13 @@ def _steps(schedule: Schedule | Policy, asked: int | None, default: int = 50) ->
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for video, picture and numbers.")] = Path("out/demo"),
     prompt: Annotated[list[str] | None, typer.Option(help="Such as 'a red circle moving right'; repeatable.")] = None,
-    schedule: ScheduleOption = "paper",
+    schedule: ScheduleOption = None,
     steps: StepsOption = None,
     seed: SeedOption = 0,
     dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
 ) -> None:
     """The embedded text-to-video model on your CPU: uncached beside accelerated, timed and measured."""
-    plan = policies.resolve(schedule)
+    plan = None if schedule is None else carried.resolve(schedule)
     _steady(console)
     demonstration.run_demo(
         out, prompt or demonstration.PROMPTS, plan, _steps(plan, steps), seed, dtype.on("cpu"), console
@@ -202,30 +226,20 @@ def demo(
 @app.command()
 @_one_line_errors()
 def sample(
-    pipeline: Annotated[
-        str, typer.Argument(help="A diffusers pipeline directory, a name on the hub, or 'shapes', the embedded one.")
-    ],
+    pipeline: PipelineArgument,
     prompt: Annotated[str, typer.Option(help="What to show.")],
-    schedule: ScheduleOption = "paper",
+    schedule: ScheduleOption = None,
     steps: StepsOption = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option(
-            help="Guidance scale; default: the pipeline's own.",
-            callback=_number("guidance", "give a number, such as 5"),
-        ),
-    ] = None,
+    guidance: GuidanceOption = None,
     seed: SeedOption = 0,
     out: Annotated[Path, typer.Option(help="The video: .mp4, .mov, .mkv, .gif, or .png for one frame.")] = Path(
         "out/sample.mp4"
     ),
-    height: Annotated[int | None, typer.Option(min=1, help="Pixels; default: what the pipeline was made for.")] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="Pixels; default: what the pipeline was made for.")] = None,
-    frames: Annotated[
-        int | None, typer.Option(min=1, help="Length of the video; default: what the pipeline was made for.")
-    ] = None,
-    device: Annotated[Device, typer.Option()] = Device.auto,
-    dtype: Annotated[Dtype, typer.Option(help="auto: bfloat16 on a GPU, float32 on the CPU.")] = Dtype.auto,
+    height: HeightOption = None,
+    width: WidthOption = None,
+    frames: FramesOption = None,
+    device: DeviceOption = Device.auto,
+    dtype: DtypeOption = Dtype.auto,
     cache_format: Annotated[
         str | None,
         typer.Option(
@@ -254,28 +268,22 @@ def sample(
     compare: Annotated[
         bool, typer.Option("--compare", help="Also sample uncached, and show both side by side.")
     ] = False,
-    download: Annotated[
-        bool, typer.Option("--download", help="Let diffusers fetch what is not on this machine.")
-    ] = False,
+    download: DownloadOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Sample any diffusers text-to-video pipeline of a known family, accelerated."""
     from fastercache.report import media, metrics
 
     screen = problems if as_json else console
-    plan = policies.resolve(schedule)
+    named = None if schedule is None else carried.resolve(schedule, download=download)
     if pipeline == "shapes":
         demonstration.check_prompt(prompt)
-    place = ("cuda" if torch.cuda.is_available() else "cpu") if device is Device.auto else device.value
-    if place == "cuda" and not torch.cuda.is_available():
-        _fail("--device cuda: torch sees no GPU; leave the option out to run on the CPU")
+    place = _place(device)
     media.check_suffix(out)
     _check_source(pipeline, download)
     media.check_writable(out)
-    if place == "cpu":
-        _steady(screen)
-    with screen.status(f"loading {pipeline}"):
-        pipe = _load(pipeline, dtype.on(place), download).to(place)
+    pipe = _loaded(pipeline, place, dtype, download, screen)
+    plan = named or carried.resolve(None, pipe)
     call = inspect.signature(pipe.__call__).parameters
     arguments = _arguments(pipe, call, height=height, width=width, frames=frames, guidance_scale=guidance)
     steps = _steps(plan, steps, _default(call, "num_inference_steps") or 50)
@@ -290,20 +298,16 @@ def sample(
     found: dict[str, Any] = {"video": str(out)}
     with _refusals(pipe, {"steps": steps} | arguments):
         if compare:
-            warm_up = demonstration.warm_up_steps(plan, steps)
-            pairs = demonstration.generate_pairs(
-                pipe, [prompt], steps=steps, warm_up=warm_up, seed=seed, console=screen, **arguments
+            runs = demonstration.with_and_without(pipe, demonstration.warm_up_steps(plan, steps))
+            takes = demonstration.generate_takes(
+                pipe, [prompt], runs, steps=steps, seed=seed, console=screen, **arguments
             )
-            pair = pairs[0]
-            clip, seconds = pair.cached, pair.cached_seconds
-            psnr = metrics.psnr(pair.uncached[None], pair.cached[None])
-            found["uncached_seconds"] = round(pair.uncached_seconds, 3)
+            uncached, cached = takes[0].clips
+            clip, seconds = cached.frames, cached.seconds
+            psnr = metrics.psnr(uncached.frames[None], clip[None])
+            found["uncached_seconds"] = round(uncached.seconds, 3)
             found["psnr_db"] = round(psnr, 2) if math.isfinite(psnr) else None
-            text = (
-                f"uncached {pair.uncached_seconds:.2f} s, fastercache {seconds:.2f} s: "
-                f"{demonstration.pace(pair.uncached_seconds / seconds)}, "
-                + (f"PSNR {psnr:.1f} dB" if math.isfinite(psnr) else "identical")
-            )
+            text = f"uncached {uncached.seconds:.2f} s, fastercache {seconds:.2f} s: {demonstration.gains(takes, 1)}"
         else:
             with demonstration.progress_bars(screen) as progress:
                 task = progress.add_task("fastercache", total=steps)
@@ -313,7 +317,7 @@ def sample(
             text = f"{len(clip)} frames of {clip.shape[2]} x {clip.shape[1]} in {seconds:.2f} s"
     summary = fastercache.summary(pipe)
     if compare:
-        media.save(out, demonstration.comparison_of(pairs, summary), loops=demonstration.LOOPS)
+        media.save(out, demonstration.comparison_of(takes, {"fastercache": summary}), loops=demonstration.LOOPS)
     else:
         media.save(out, media.to_bytes(clip))
     if as_json:
@@ -328,6 +332,163 @@ def sample(
         return
     console.print(str(summary), markup=False, soft_wrap=True)
     console.print(f"\n{text}\nwrote {out}", markup=False, soft_wrap=True)
+
+
+def _place(device: Device) -> str:
+    """Where to run: what was asked for, if torch has it."""
+    if device is Device.cuda and not torch.cuda.is_available():
+        _fail("--device cuda: torch sees no GPU; leave the option out to run on the CPU")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device is Device.auto else device.value
+
+
+def _loaded(pipeline: str, place: str, dtype: Dtype, download: bool, screen: Console) -> Any:
+    """The pipeline on its device; on a CPU, allocator and threads are settled first."""
+    if place == "cpu":
+        _steady(screen)
+    with screen.status(f"loading {pipeline}"):
+        return _load(pipeline, dtype.on(place), download).to(place)
+
+
+class Effort(str, Enum):
+    full = "full"
+    quick = "quick"
+
+
+EXAMPLES, EXAMPLE_SEED = 2, 1_000_003
+"""Prompts of which a calibration leaves example videos, and the seed of the first: none that is likely to have served
+before."""
+
+
+def _targets(text: str | None) -> tuple[float, ...] | None:
+    """The value of --frontier."""
+    if text is None:
+        return None
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or not all(math.isfinite(each) and each > 1 for each in found):
+        _fail(f"--frontier {text}: give speed-ups over 1 with commas between them, such as 1.5,2,3,4")
+    return found
+
+
+def _prompts_in(file: Path) -> list[str]:
+    """The lines of a file that are neither empty nor comments."""
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        _fail(f"--prompts {file}: it is not text in UTF-8 ({error.reason})")
+    except OSError as error:
+        _fail(f"--prompts {file} cannot be read: {error.strerror or error}")
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        _fail(f"--prompts {file}: there is no prompt in it; write one a line (lines that begin with # do not count)")
+    return prompts
+
+
+@app.command()
+@_one_line_errors()
+def calibrate(
+    pipeline: PipelineArgument,
+    prompts: Annotated[Path, typer.Option(help="A file with one prompt a line; lines that begin with # do not count.")],
+    steps: Annotated[int, typer.Option("--steps", min=1, max=MOST_STEPS, help="Denoising steps of the runs.")] = 50,
+    speedup: Annotated[
+        float | None, typer.Option(help="How many times faster the denoiser is to be: the best video at that.")
+    ] = None,
+    psnr: Annotated[
+        float | None, typer.Option(help="PSNR in dB to uncached videos that is to be kept: the fastest at that.")
+    ] = None,
+    frontier: Annotated[
+        str | None, typer.Option(help="Several speed-ups, such as 1.5,2,3,4: a schedule for each.")
+    ] = None,
+    effort: Annotated[
+        Effort, typer.Option(help="quick: fewer prompts and candidates, for models that take minutes a video.")
+    ] = Effort.full,
+    guidance: GuidanceOption = None,
+    height: HeightOption = None,
+    width: WidthOption = None,
+    frames: FramesOption = None,
+    device: DeviceOption = Device.auto,
+    dtype: DtypeOption = Dtype.auto,
+    download: DownloadOption = False,
+    out: Annotated[Path, typer.Option(help="Folder for schedules, report and example videos.")] = Path("out/calibrate"),
+) -> None:
+    """Make schedules for a pipeline's runs: steps chosen and coefficients fitted on a few prompts, measured on others.
+
+    Interrupted, the same command goes on from where it was.
+    """
+    from fastercache.report import calibration, media
+
+    asked = {"speedup": speedup, "psnr": psnr, "frontier": _targets(frontier)}
+    target = {name: value for name, value in asked.items() if value is not None}
+    if len(target) != 1:
+        _fail("give one of --speedup, --psnr and --frontier: what the schedules are to reach")
+    for name, least in (("speedup", 1), ("psnr", 0)):
+        value = asked[name]
+        if isinstance(value, float) and not (math.isfinite(value) and value > least):
+            _fail(f"--{name} {value}: give a number over {least}")
+    texts = _prompts_in(prompts)
+    if pipeline == "shapes":
+        for prompt in texts:
+            demonstration.check_prompt(prompt)
+    place = _place(device)
+    _check_source(pipeline, download)
+    for name in (calibration.REPORT, *(f"examples{suffix}" for suffix in demonstration.FILM)):
+        media.check_writable(out / name)
+    pipe = _loaded(pipeline, place, dtype, download, console)
+    call = inspect.signature(pipe.__call__).parameters
+    arguments = _arguments(pipe, call, height=height, width=width, frames=frames, guidance_scale=guidance)
+    with _refusals(pipe, {"steps": steps} | arguments):
+        try:
+            found = fastercache.calibrate(
+                pipe,
+                texts,
+                num_inference_steps=steps,
+                speedup=speedup,
+                psnr=psnr,
+                frontier=_targets(frontier),
+                effort=effort.value,
+                call=arguments,
+                out=out,
+                progress=True,
+            )
+            schedules = [found] if isinstance(found, Schedule) else list(found)
+            written = [out / name for name in calibration.file_names(schedules)]
+            takes, summaries = _examples(pipe, texts[:EXAMPLES], schedules, steps, arguments)
+        except KeyboardInterrupt:
+            problems.print(
+                f"interrupted; what was captured is kept in {out}, and the same command goes on from there",
+                markup=False,
+                soft_wrap=True,
+            )
+            raise typer.Exit(130) from None
+    demonstration.film(out / "examples", takes, summaries)
+    for number, (schedule, path) in enumerate(zip(schedules, written, strict=True), 1):
+        figures = schedule.measured or "not measured"
+        console.print(f"{schedule.name}: {figures}", markup=False, soft_wrap=True)
+        gains = demonstration.gains(takes, number)
+        console.print(f"  {path}; of the example videos: {gains}", markup=False, soft_wrap=True)
+    console.print(f"wrote {out}", markup=False, soft_wrap=True)
+
+
+def _examples(
+    pipe: Any, prompts: Sequence[str], schedules: Sequence[Schedule], steps: int, arguments: dict[str, Any]
+) -> tuple[list[Any], dict[str, fastercache.Summary]]:
+    """Clips of prompts uncached and with each schedule, and the schedules' summaries; nothing is warmed up, as
+    calibration has run it all."""
+    summaries: dict[str, fastercache.Summary] = {}
+    names = [schedule.name for schedule in schedules]
+    named = {
+        name if names.count(name) == 1 else f"{name} ({number})": schedule
+        for number, (name, schedule) in enumerate(zip(names, schedules, strict=True), 1)
+    }
+    runs = {
+        name: run._replace(warm_up=0) for name, run in demonstration.with_each(pipe, named, steps, summaries).items()
+    }
+    takes = demonstration.generate_takes(
+        pipe, prompts, runs, steps=steps, seed=EXAMPLE_SEED, console=console, **arguments
+    )
+    return takes, summaries
 
 
 @contextmanager
@@ -355,7 +516,7 @@ def _check_source(pipeline: str, download: bool) -> None:
     """One line, before anything is loaded, for what cannot be a pipeline."""
     if pipeline == "shapes" or download or _is_directory(pipeline):
         return
-    if Path(pipeline).exists() or not re.fullmatch(HUB_NAME, pipeline):
+    if Path(pipeline).exists() or not re.fullmatch(carried.HUB_NAME, pipeline):
         _fail(
             f"{pipeline!r} is not a pipeline directory (no model_index.json in it); give one that save_pretrained "
             "wrote, or 'shapes'"
@@ -479,6 +640,8 @@ def inspect_schedule(
             f"skipped  {share['skipped'] / share['of']:>4.0%} of {what} ({share['skipped']} of {share['of']})",
             soft_wrap=True,
         )
+    if drawn.measured is not None:
+        console.print(f"measured {drawn.measured}", soft_wrap=True)
     if system is not None:
         _print_costs(system, costs)
 

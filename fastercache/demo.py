@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,13 +21,14 @@ from rich.table import Table
 
 import fastercache
 from fastercache import shapes
-from fastercache.host import environment
+from fastercache.host import carried, environment
+from fastercache.schedule.carried import Carried
 from fastercache.schedule.policies import Policy, paper
 from fastercache.schedule.schedule import Schedule
 from fastercache.shapes.world import COLOURS, DIRECTIONS, SCENES, SHAPES, Scene
 
 if TYPE_CHECKING:
-    from fastercache.report.media import Pair
+    from fastercache.report.media import Take
 
 PROMPTS = (
     "a red circle moving right",
@@ -89,51 +90,91 @@ def progress_bars(console: Console) -> Progress:
     )
 
 
-def generate_pairs(
-    pipe: Any, prompts: Sequence[str], *, steps: int, warm_up: int, seed: int, console: Console, **arguments: Any
-) -> list[Pair]:
-    """For each prompt in turn: the clip of a compiled pipeline with `fastercache.disabled` and the accelerated one,
-    from the same noise. Who begins alternates, so that a machine that slows down or speeds up does it to both.
+class Run(NamedTuple):
+    """One of several ways to run a pipeline: inside the block that `enter` gives, with a run of `warm_up` steps
+    first, if any."""
 
-    Prompt k starts from `seed + k`. Before any is timed, a run of `warm_up` steps of both kinds is made and thrown
-    away.
+    enter: Callable[[], AbstractContextManager[Any]]
+    warm_up: int
+
+
+def generate_takes(
+    pipe: Any,
+    prompts: Sequence[str],
+    runs: Mapping[str, Run],
+    *,
+    steps: int,
+    seed: int,
+    console: Console,
+    **arguments: Any,
+) -> list[Take]:
+    """For each prompt in turn: a clip of each way of running, by their names, from the same noise. Another way begins
+    with each prompt, so that a machine that slows down or speeds up does it to all.
+
+    Prompt k starts from `seed + k`. Before any is timed, the runs that warm up are made and thrown away.
     """
-    from fastercache.report.media import Pair
+    from fastercache.report.media import Clip, Take
 
     with console.status("warming up"):
-        with fastercache.disabled(pipe):
-            generate(pipe, prompts[0], steps=warm_up, seed=seed, on_step=lambda: None, **arguments)
-        generate(pipe, prompts[0], steps=warm_up, seed=seed, on_step=lambda: None, **arguments)
-    pairs = []
+        for run in (run for run in runs.values() if run.warm_up):
+            with run.enter():
+                generate(pipe, prompts[0], steps=run.warm_up, seed=seed, on_step=lambda: None, **arguments)
+    takes = []
     with progress_bars(console) as progress:
-        slow, fast = (progress.add_task(name, total=steps * len(prompts)) for name in ("uncached", "fastercache"))
+        tasks = {name: progress.add_task(name, total=steps * len(prompts)) for name in runs}
         for number, prompt in enumerate(prompts):
-            clips: dict[str, tuple[np.ndarray, float]] = {}
-            for run in ("uncached", "cached")[:: -1 if number % 2 else 1]:
-                bar = slow if run == "uncached" else fast
-                with fastercache.disabled(pipe) if run == "uncached" else nullcontext():
-                    clips[run] = generate(
-                        pipe,
-                        prompt,
-                        steps=steps,
-                        seed=seed + number,
-                        on_step=partial(progress.advance, bar),
-                        **arguments,
-                    )
-            (before, seconds), (after, seconds_cached) = clips["uncached"], clips["cached"]
-            pairs.append(Pair(prompt, before, after, seconds, seconds_cached))
-    return pairs
+            clips = {}
+            names = list(runs)
+            for name in names[number % len(names) :] + names[: number % len(names)]:
+                advance = partial(progress.advance, tasks[name])
+                with runs[name].enter():
+                    made = generate(pipe, prompt, steps=steps, seed=seed + number, on_step=advance, **arguments)
+                clips[name] = Clip(name, *made)
+            takes.append(Take(prompt, tuple(clips[name] for name in names)))
+    return takes
+
+
+def with_and_without(pipe: Any, warm_up: int) -> dict[str, Run]:
+    """A compiled pipeline uncached, and as it was compiled."""
+    return {"uncached": Run(partial(fastercache.disabled, pipe), warm_up), "fastercache": Run(nullcontext, warm_up)}
+
+
+def with_each(
+    pipe: Any,
+    schedules: Mapping[str, Schedule | Policy],
+    steps: int,
+    summaries: dict[str, fastercache.Summary],
+    **options: Any,
+) -> dict[str, Run]:
+    """A pipeline untouched, and compiled with each of some schedules.
+
+    summaries: gets the summary of the last run of each, by the schedules' names here. options: of
+    `fastercache.compile`.
+    """
+
+    @contextmanager
+    def compiled(name: str) -> Iterator[None]:
+        fastercache.compile(pipe, schedules[name], **options)
+        try:
+            yield
+            summaries[name] = fastercache.summary(pipe)
+        finally:
+            fastercache.restore(pipe)
+
+    runs = {name: Run(partial(compiled, name), warm_up_steps(schedule, steps)) for name, schedule in schedules.items()}
+    return {"uncached": Run(nullcontext, min(steps, WARM_UP_STEPS))} | runs
 
 
 def warm_up_steps(schedule: Schedule | Policy, steps: int) -> int:
     """A few for a policy; all for a fixed schedule, which runs at its own length only."""
-    return steps if isinstance(schedule, Schedule) else min(steps, WARM_UP_STEPS)
+    fixed = isinstance(schedule, Schedule) or (isinstance(schedule, Carried) and steps in schedule.schedules)
+    return steps if fixed else min(steps, WARM_UP_STEPS)
 
 
 def run_demo(
     out: Path = Path("out/demo"),
     prompts: Sequence[str] = PROMPTS,
-    schedule: Schedule | Policy = paper,
+    schedule: Schedule | Policy | None = None,
     steps: int = shapes.STEPS,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
@@ -142,87 +183,122 @@ def run_demo(
     """Sample every prompt uncached and accelerated on the CPU, print what was gained and lost, and write it all to the
     folder `out`.
 
+    schedule: `None` for the paper's, and beside it the calibrated one that the pipeline carries for such runs, if it
+        does.
+
     Returns what `result.json` holds. Seconds cover whole pipeline calls, from the text encoder to the decoder; PSNR,
     SSIM and the prompt score are those of `fastercache.report.metrics` and `fastercache.shapes.detector`.
     """
-    from fastercache.report import media, metrics
-    from fastercache.shapes.detector import score
+    from fastercache.report import media
 
     console = console or Console(highlight=False)
     for prompt in prompts:
         check_prompt(prompt)
     for name in (*(f"comparison{suffix}" for suffix in FILM), "summary.txt", "result.json"):
         media.check_writable(out / name)
-    pipe = fastercache.compile(shapes.load(dtype=dtype), schedule)
-    pairs = generate_pairs(
+    pipe = shapes.load(dtype=dtype)
+    schedules = {"fastercache": schedule or paper}
+    if schedule is None and (calibrated := carried_by(pipe, steps)) is not None:
+        schedules = {"paper": paper, "calibrated": calibrated}
+    summaries: dict[str, fastercache.Summary] = {}
+    takes = generate_takes(
         pipe,
         prompts,
+        with_each(pipe, schedules, steps, summaries),
         steps=steps,
-        warm_up=warm_up_steps(schedule, steps),
         seed=seed,
         console=console,
         guidance_scale=shapes.GUIDANCE_SCALE,
         **shapes.CALL,
     )
-    summary = fastercache.summary(pipe)
-
-    uncached, cached = np.stack([pair.uncached for pair in pairs]), np.stack([pair.cached for pair in pairs])
-    seconds = {"uncached": [pair.uncached_seconds for pair in pairs], "cached": [pair.cached_seconds for pair in pairs]}
-    psnr = metrics.psnr(uncached, cached)
+    first, *others = (_figures(takes, number, summaries[name]) for number, name in enumerate(schedules, 1))
     result: dict[str, Any] = {
-        **{
-            run: {"seconds": round(sum(each), 3), "seconds_per_video": [round(one, 3) for one in each]}
-            for run, each in seconds.items()
-        },
-        "speedup": round(sum(seconds["uncached"]) / sum(seconds["cached"]), 3),
-        "flops_ratio": round(summary.flops.ratio, 4),
-        "psnr_db": round(psnr, 2) if math.isfinite(psnr) else None,
-        "ssim": round(metrics.ssim(uncached, cached), 4),
-        "identical": bool(np.array_equal(uncached, cached)),
-        "prompt_score": {
-            run: sum(score(clip, prompt).all_right for clip, prompt in zip(clips, prompts, strict=True)) / len(prompts)
-            for run, clips in (("uncached", uncached), ("cached", cached))
-        },
+        **first,
+        **dict(zip(list(schedules)[1:], others, strict=True)),
         "prompts": list(prompts),
         "steps": steps,
-        "schedule": summary.schedule,
         "seed": seed,
         "dtype": str(dtype).removeprefix("torch."),
         "machine": environment.machine(),
         "versions": environment.versions(),
     }
 
-    table = _table(result, summary.flops)
+    table = _table(takes, [first, *others])
     with (out / "summary.txt").open("w") as file:
         for target in (console, Console(file=file, width=100, highlight=False)):
             target.print(table)
-            target.print(str(summary), markup=False, soft_wrap=True)
+            for summary in summaries.values():
+                target.print(f"{summary}\n", markup=False, soft_wrap=True)
     (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    film(out / "comparison", pairs, summary)
-    console.print(f"\nwrote {out}/comparison.mp4, .gif and .png, summary.txt, result.json", soft_wrap=True)
+    film(out / "comparison", takes, summaries)
+    console.print(f"wrote {out}/comparison.mp4, .gif and .png, summary.txt, result.json", soft_wrap=True)
     return result
 
 
-def film(stem: Path, pairs: Sequence[Pair], summary: fastercache.Summary) -> None:
+def carried_by(pipe: Any, steps: int) -> Schedule | None:
+    """The schedule that a pipeline carries for guided runs of that many steps, if it does."""
+    found = carried.of_pipeline(pipe)
+    return None if found is None else found.fitting(steps, True, type(pipe.scheduler).__name__)
+
+
+def _figures(takes: Sequence[Take], number: int, summary: fastercache.Summary) -> dict[str, Any]:
+    """What one way of running, by the number of its clips, gained and lost against the uncached one, as plain data."""
+    from fastercache.report import metrics
+    from fastercache.shapes.detector import score
+
+    seconds, clips, right = {}, {}, {}
+    for run, index in (("uncached", 0), ("cached", number)):
+        seconds[run] = [take.clips[index].seconds for take in takes]
+        clips[run] = np.stack([take.clips[index].frames for take in takes])
+        shown = [score(clip, take.prompt).all_right for clip, take in zip(clips[run], takes, strict=True)]
+        right[run] = sum(shown) / len(takes)
+    psnr = metrics.psnr(clips["uncached"], clips["cached"])
+    return {
+        **{
+            run: {"seconds": round(sum(each), 3), "seconds_per_video": [round(one, 3) for one in each]}
+            for run, each in seconds.items()
+        },
+        "speedup": round(sum(seconds["uncached"]) / sum(seconds["cached"]), 3),
+        "flops": {"uncached": summary.flops.uncached, "cached": summary.flops.cached},
+        "flops_ratio": round(summary.flops.ratio, 4),
+        "psnr_db": round(psnr, 2) if math.isfinite(psnr) else None,
+        "ssim": round(metrics.ssim(clips["uncached"], clips["cached"]), 4),
+        "identical": bool(np.array_equal(clips["uncached"], clips["cached"])),
+        "prompt_score": right,
+        "schedule": summary.schedule,
+    }
+
+
+def film(stem: Path, takes: Sequence[Take], summaries: Mapping[str, fastercache.Summary]) -> None:
     """Write the comparison as `stem`.mp4, .gif and .png."""
     from fastercache.report import media
 
-    video = comparison_of(pairs, summary)
+    video = comparison_of(takes, summaries)
     for suffix in FILM:
         media.save(stem.with_suffix(suffix), video, loops=LOOPS)
 
 
-def comparison_of(pairs: Sequence[Pair], summary: fastercache.Summary) -> np.ndarray:
-    """The pairs side by side, under a headline with speed-up and PSNR, over the schedule: `[frames, height, width, 3]`
-    uint8."""
-    from fastercache.report import media, metrics
+def comparison_of(takes: Sequence[Take], summaries: Mapping[str, fastercache.Summary]) -> np.ndarray:
+    """The clips side by side, under a headline with speed-up and PSNR, over the schedules: `[frames, height, width, 3]`
+    uint8.
 
-    speedup = sum(pair.uncached_seconds for pair in pairs) / sum(pair.cached_seconds for pair in pairs)
-    psnr = metrics.psnr(np.stack([pair.uncached for pair in pairs]), np.stack([pair.cached for pair in pairs]))
-    close = f"{psnr:.1f} dB PSNR" if math.isfinite(psnr) else "identical"
-    return media.comparison(
-        pairs, summary.chart, f"FasterCache  ·  schedule {summary.schedule}", f"{pace(speedup)}  ·  {close}"
-    )
+    summaries: of each way of running but the uncached one, in the order of the clips.
+    """
+    from fastercache.report import media
+
+    names = ", ".join(summary.schedule for summary in summaries.values())
+    headline = "  ·  ".join(gains(takes, number) for number in range(1, len(summaries) + 1))
+    charts = {name: summary.chart for name, summary in summaries.items()}
+    return media.comparison(takes, charts, f"FasterCache  ·  schedule{'s' * (len(summaries) > 1)} {names}", headline)
+
+
+def gains(takes: Sequence[Take], number: int) -> str:
+    """Speed-up and PSNR of one way of running, by the number of its clips, in words."""
+    from fastercache.report import metrics
+
+    speedup = sum(take.clips[0].seconds for take in takes) / sum(take.clips[number].seconds for take in takes)
+    psnr = metrics.psnr(*(np.stack([take.clips[index].frames for take in takes]) for index in (0, number)))
+    return f"{pace(speedup)}, {f'{psnr:.1f} dB PSNR' if math.isfinite(psnr) else 'identical'}"
 
 
 def pace(speedup: float) -> str:
@@ -230,25 +306,33 @@ def pace(speedup: float) -> str:
     return f"{speedup:.2f}x faster" if speedup >= 1 else f"{1 / speedup:.2f}x slower"
 
 
-def _table(result: dict[str, Any], flops: Any) -> Table:
-    videos = len(result["prompts"])
+def _table(takes: Sequence[Take], figures: Sequence[Mapping[str, Any]]) -> Table:
+    """A column for each way of running, the uncached one first; the gains of one alone stand at its right."""
+    videos, names = len(takes), [clip.name for clip in takes[0].clips]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
-    for heading, style in (("uncached", ""), ("fastercache", "cyan"), ("", "bold")):
-        table.add_column(heading, style=style, justify="right")
+    alone = len(figures) == 1
+    for heading in names:
+        table.add_column(heading, style="" if heading == names[0] else "cyan", justify="right")
+    if alone:
+        table.add_column("", style="bold", justify="right")
 
-    totals = [result[run]["seconds"] for run in ("uncached", "cached")]
-    table.add_row(
-        f"{videos} video{'s' * (videos > 1)}", *[f"{total:.2f} s" for total in totals], pace(result["speedup"])
-    )
+    def add(what: str, cells: Sequence[str], gained: Sequence[str] = ()) -> None:
+        table.add_row(what, *cells, *(gained if alone else ()))
+        if gained and not alone:
+            table.add_row("", "", *gained)
+
+    totals = [figures[0]["uncached"]["seconds"], *(each["cached"]["seconds"] for each in figures)]
+    paces = [pace(each["speedup"]) for each in figures]
+    add(f"{videos} video{'s' * (videos > 1)}", [f"{total:.2f} s" for total in totals], paces)
     if videos > 1:
-        table.add_row("per video", *(f"{total / videos:.2f} s" for total in totals))
-    table.add_row(
-        "denoiser, per video",
-        *(f"{count / 1e9:.1f} GFLOP" for count in (flops.uncached, flops.cached)),
-        f"{result['flops_ratio']:.2f}x fewer",
-    )
-    table.add_row("prompts right", *(f"{result['prompt_score'][run]:.0%}" for run in ("uncached", "cached")))
-    table.add_row("PSNR", "", "identical" if result["psnr_db"] is None else f"{result['psnr_db']:.1f} dB")
-    table.add_row("SSIM", "", f"{result['ssim']:.3f}")
+        add("per video", [f"{total / videos:.2f} s" for total in totals])
+    counts = [figures[0]["flops"]["uncached"], *(each["flops"]["cached"] for each in figures)]
+    fewer = [f"{each['flops_ratio']:.2f}x fewer" for each in figures]
+    add("denoiser, per video", [f"{count / 1e9:.1f} GFLOP" for count in counts], fewer)
+    scores = [figures[0]["prompt_score"]["uncached"], *(each["prompt_score"]["cached"] for each in figures)]
+    add("prompts right", [f"{score:.0%}" for score in scores])
+    close = ["identical" if each["psnr_db"] is None else f"{each['psnr_db']:.1f} dB" for each in figures]
+    add("PSNR", ["", *close])
+    add("SSIM", ["", *(f"{each['ssim']:.3f}" for each in figures)])
     return table

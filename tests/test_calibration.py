@@ -321,7 +321,7 @@ def test_an_interrupted_calibration_goes_on_and_the_same_findings_give_the_same_
     stop = 2 * STEPS + 3
     with pytest.raises(KeyboardInterrupt):
         calibrate()
-    assert len(list(tmp_path.glob("uncached-*.npz"))) == 2
+    assert len(list((tmp_path / "captured").glob("uncached-*.npz"))) == 2
     stop = None
     first = calibrate()
     assert calls > STEPS
@@ -479,5 +479,5 @@ def test_a_full_disk_keeps_what_was_captured(small, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", full)
     refused("make room or give another folder", effort="quick", out=tmp_path)
-    assert len(list(tmp_path.glob("uncached-*.npz"))) == 1
-    assert not list(tmp_path.glob("*.part"))
+    assert len(list((tmp_path / "captured").glob("uncached-*.npz"))) == 1
+    assert not list(tmp_path.rglob("*.part"))

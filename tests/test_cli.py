@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 import fastercache
-from fastercache import Schedule, Step, demo, ops, policies, shapes
+from fastercache import Measured, Schedule, Signature, Step, demo, ops, policies, shapes
 from fastercache.cli import app
 from fastercache.report.published import SYSTEMS
 
@@ -115,6 +115,12 @@ def test_inspect_prints_what_reusing_the_stack_keeps(tmp_path, system):
     tokens, channels = described.sites[1].outputs[0]
     assert f"{2 * branches} tensors of 1 stack site, {'cond + uncond' if described.guided else 'cond'}\n" in output
     assert f"{2 * branches * tokens * channels * 2 / 1e9:.2f} GB as model" in output
+
+
+def test_inspect_says_what_a_schedule_was_measured_to_do(tmp_path):
+    measured = Measured(1.9, 2.0, 45.0, None, 40.0, 8, 15.0, 60.0)
+    Schedule((Step(), Step("none")), "calibrated", measured=measured).to_json(tmp_path / "calibrated.json")
+    assert f"measured {measured}\n" in run("inspect", tmp_path / "calibrated.json").stdout
 
 
 def test_inspect_does_not_know_a_system():
@@ -307,6 +313,42 @@ class TestWhatIsNoticedBeforeAnythingIsLoaded:
         result = run("sample", "shapes", "--prompt", PROMPT, "--steps", 10**9)
         assert result.exit_code == 2 and "--steps" in result.stderr
 
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ((), "give one of --speedup, --psnr and --frontier"),
+            (("--speedup", 2, "--psnr", 40), "give one of --speedup, --psnr and --frontier"),
+            (("--speedup", 0.5), "--speedup 0.5: give a number over 1"),
+            (("--psnr", "nan"), "--psnr nan: give a number over 0"),
+            (("--frontier", "2;3"), "--frontier 2;3: give speed-ups over 1 with commas"),
+            (("--frontier", "2,1"), "--frontier 2,1: give speed-ups over 1"),
+        ],
+    )
+    def test_what_a_calibration_is_to_reach(self, tmp_path, options, message):
+        words = ("--prompts", prompts_file(tmp_path), "--out", tmp_path)
+        assert message in error_of("calibrate", "shapes", *words, *options)
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            (b"# nothing\n\n", "there is no prompt in it; write one a line"),
+            (b"\xff\xfe", "it is not text in UTF-8"),
+            (b"a zebra moving up", "zebra"),
+            (None, "cannot be read: No such file"),
+        ],
+    )
+    def test_a_file_of_prompts(self, tmp_path, text, message):
+        file = tmp_path / "prompts.txt"
+        if text is not None:
+            file.write_bytes(text)
+        words = ("--speedup", 2, "--prompts", file, "--out", tmp_path)
+        assert message in error_of("calibrate", "shapes", *words)
+
+    def test_a_place_for_a_calibration(self, tmp_path):
+        (tmp_path / "report.md").mkdir()
+        words = ("--speedup", 2, "--prompts", prompts_file(tmp_path), "--out", tmp_path)
+        assert "report.md" in error_of("calibrate", "shapes", *words)
+
     def test_a_prompt_that_shapes_has_not_learnt(self):
         assert "zebra" in error_of("sample", "shapes", "--prompt", "a zebra moving right")
 
@@ -327,6 +369,74 @@ def test_a_name_on_the_hub_needs_download(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     line = error_of("sample", "nobody/nothing", "--prompt", PROMPT, "--out", tmp_path / "clip.gif")
     assert "nobody/nothing" in line and "add --download" in line
+
+
+# ---- calibrate -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calibrated(monkeypatch):
+    """In place of the calibration itself: keeps what it was asked for, and gives schedules for it."""
+    asked: dict = {}
+
+    def calibrate(pipe, prompts, **options):
+        asked.update(options, prompts=prompts, pipe=type(pipe).__name__)
+        steps = (Step(), Step("none")) * (options["num_inference_steps"] // 2)
+        measured = Measured(1.9, 2.0, 45.0, (44.0, 46.0), 40.0, 8, 15.0, 60.0)
+        made = [
+            Schedule(steps, f"calibrated {target}x", made_for=Signature(steps=len(steps)), measured=measured)
+            for target in options["frontier"] or (2,)
+        ]
+        write_schedules(made, options["out"])
+        return made if options["frontier"] else made[0]
+
+    monkeypatch.setattr(fastercache, "calibrate", calibrate, raising=False)
+    return asked
+
+
+def prompts_file(folder, text=f"# of shapes\n\n  {PROMPT}\na blue circle moving down\na green circle moving down\n"):
+    (folder / "prompts.txt").write_text(text)
+    return folder / "prompts.txt"
+
+
+def test_calibrate(tmp_path, calibrated):
+    out, common = tmp_path / "out", ("calibrate", "shapes", "--prompts", prompts_file(tmp_path), "--steps", 2)
+    result = run(*common, "--speedup", 2.5, "--guidance", 3, "--effort", "quick", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert calibrated["prompts"] == [PROMPT, "a blue circle moving down", "a green circle moving down"]
+    assert {name: calibrated[name] for name in ("num_inference_steps", "speedup", "effort", "out", "progress")} == {
+        "num_inference_steps": 2,
+        "speedup": 2.5,
+        "effort": "quick",
+        "out": out,
+        "progress": True,
+    }
+    assert calibrated["call"]["guidance_scale"] == 3 and calibrated["psnr"] is calibrated["frontier"] is None
+    assert Schedule.from_json(out / "calibrated-2x.json").measured.psnr == 45.0
+    assert len(iio.imread(out / "examples.mp4", plugin="pyav")) == 8 * demo.LOOPS
+    assert iio.imread(out / "examples.png").shape[1] == 2 * 320 + 8 + 2 * 24
+    assert "calibrated 2x: 1.90x faster in the denoiser" in result.stdout and "of the example videos: " in result.stdout
+
+
+def test_calibrate_several_at_once(tmp_path, calibrated, monkeypatch):
+    monkeypatch.setattr(demo, "FILM", (".png",))  # a video takes seconds
+    prompts = prompts_file(tmp_path, PROMPT)
+    words = ("--frontier", "1.5,3", "--steps", 2, "--prompts", prompts, "--out", tmp_path)
+    result = run("calibrate", "shapes", *words)
+    assert result.exit_code == 0, result.output
+    assert calibrated["frontier"] == (1.5, 3.0) and calibrated["effort"] == "full"
+    assert (tmp_path / "calibrated-1.5x.json").is_file() and (tmp_path / "calibrated-3.0x.json").is_file()
+    assert iio.imread(tmp_path / "examples.png").shape[1] == 3 * 320 + 2 * 8 + 2 * 24
+
+
+def test_calibrate_that_is_interrupted_says_what_is_kept(tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fastercache, "calibrate", interrupt, raising=False)
+    result = run("calibrate", "shapes", "--prompts", prompts_file(tmp_path), "--psnr", 40, "--out", tmp_path)
+    assert result.exit_code == 130
+    assert f"what was captured is kept in {tmp_path}, and the same command goes on" in result.stderr
 
 
 def test_a_warning_is_one_line(tmp_path):

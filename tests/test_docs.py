@@ -17,8 +17,8 @@ DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-NOT_HERE = {"log.jsonl", "out/demo/"}
-"""Files that a command writes."""
+NOT_HERE = {"log.jsonl", "out/demo/", "model_index.json", "schedules/", "index.json"}
+"""Files that a command writes, and those of a user's pipeline."""
 
 
 def without_code(document: Path) -> str:

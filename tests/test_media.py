@@ -33,19 +33,36 @@ def test_metrics_refuse_other_shapes(metric):
         metric(clips(), clips(1))
 
 
+COLOURS = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (1.0, 1.0, 1.0))
+
+
 @pytest.mark.parametrize("prompts", [1, 2, 3])
-@pytest.mark.parametrize("guidance", [True, False])
-def test_comparison_shows_both_clips_of_every_prompt(prompts, guidance):
+@pytest.mark.parametrize("shown", [2, 3, 4])
+def test_comparison_shows_all_clips_of_every_prompt(prompts, shown):
     """Flat clips come back as areas of their own colour: as many pixels of each as there are clips."""
-    chart = policies.paper(50, guidance).chart()
-    uncached, cached = np.full((2, 8, 8, 3), (1.0, 0.0, 0.0)), np.full((2, 8, 8, 3), (0.0, 1.0, 0.0))
-    pairs = [media.Pair("a prompt too long to be shown in full " * 9, uncached, cached, 4.12, 2.81)] * prompts
-    video = media.comparison(pairs, chart, "title", "headline")
+    charts = {f"schedule {number}": policies.paper(50, number % 2 == 0).chart() for number in range(1, shown)}
+    clips = [
+        media.Clip(f"run {number} of a long name" * 5, np.full((2, 8, 8, 3), colour), 4.12 / (1 + number))
+        for number, colour in enumerate(COLOURS[:shown])
+    ]
+    takes = [media.Take("a prompt too long to be shown in full " * 9, tuple(clips))] * prompts
+    video = media.comparison(takes, charts, "title", "headline")
     assert video.dtype == np.uint8 and video.shape[0] == 2
     assert video.shape[1] % 2 == video.shape[2] % 2 == 0
     side = 320 if prompts < 3 else 192
-    for colour in ((255, 0, 0), (0, 255, 0)):
-        assert (video[0] == colour).all(-1).sum() == prompts * side**2
+    for colour in COLOURS[:shown]:
+        assert (video[0] == np.multiply(colour, 255)).all(-1).sum() == prompts * side**2
+
+
+def test_every_chart_has_its_rows():
+    """A row more, or a chart more, makes the picture higher."""
+    take = media.Take("a prompt", (media.Clip("uncached", clips(1)[0], 2.0), media.Clip("cached", clips(1)[0], 1.0)))
+    guided, plain = policies.paper(20).chart(), policies.paper(20, False).chart().splitlines()[0]
+    heights = [
+        media.comparison([take], charts, "title", "headline").shape[1]
+        for charts in ({"a": plain}, {"a": guided}, {"a": guided, "b": plain}, {"a": guided, "b": guided})
+    ]
+    assert heights == sorted(set(heights))
 
 
 def test_save_and_read_back(tmp_path):

@@ -13,7 +13,7 @@ from models import cogvideox
 from typer.testing import CliRunner
 
 import fastercache
-from fastercache import cli, policies, shapes
+from fastercache import Schedule, Step, cli, demo, policies, shapes
 from fastercache.shapes.text_to_video import ShapesPipeline
 
 ROOT = Path(__file__).parent.parent
@@ -79,8 +79,14 @@ def compile_statement(statement):
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_command(monkeypatch, tmp_path, words):
     monkeypatch.chdir(tmp_path)
-    words = [{"PIPELINE": "shapes", "...": "a red circle moving right"}.get(word, word) for word in words]
-    if words[0] in ("demo", "sample"):
+    (tmp_path / "prompts.txt").write_text("a red circle moving right\n")
+    stand_ins = {"PIPELINE": "shapes", "...": "a red circle moving right", "FILE": "prompts.txt"}
+    words = [stand_ins.get(word, word) for word in words]
+    if words[0] == "calibrate":  # the calibration itself takes minutes; tests of its own are elsewhere
+        schedule = Schedule((Step(), Step("none")), "calibrated")
+        monkeypatch.setattr(fastercache, "calibrate", lambda *_, **__: schedule, raising=False)
+        monkeypatch.setattr(demo, "FILM", (".png",))  # a video takes seconds
+    if words[0] in ("demo", "sample", "calibrate"):
         words += ["--steps", "2"]
     if words[0] == "demo":
         words += ["--prompt", "a red circle moving right"]
@@ -100,4 +106,10 @@ def test_the_chart_is_that_of_the_schedule():
 
 
 def test_nothing_was_left_out():
-    assert len(BLOCKS) == 5 and [words[0] for words in COMMANDS] == ["demo", "sample", "inspect", "info"]
+    assert len(BLOCKS) == 5 and [words[0] for words in COMMANDS] == [
+        "demo",
+        "sample",
+        "calibrate",
+        "inspect",
+        "info",
+    ]

@@ -24,7 +24,8 @@ from fastercache.calibration.residuals import Residuals
 from fastercache.calibration.search import Running, Search
 from fastercache.calibration.store import Store, digest
 from fastercache.errors import CalibrationError
-from fastercache.host import pipelines
+from fastercache.host import environment, pipelines
+from fastercache.report.calibration import CalibrationReport, write_report
 from fastercache.schedule.measured import Measured
 from fastercache.schedule.schedule import Schedule
 from fastercache.schedule.signature import Signature
@@ -125,7 +126,8 @@ def calibrate(
     effort: "full", or "quick" for pipelines whose generations take minutes: fewer pairs and candidates.
     call: further arguments of every call, such as `guidance_scale`, `height` or `negative_prompt`. seed: of the first
         pair; the others follow.
-    out: a folder for what is captured and found; an interrupted calibration goes on from there. progress: show a bar.
+    out: a folder for schedules and report, and for what is captured, so that an interrupted calibration goes on from
+        there. progress: show a bar.
 
     Raises:
         CalibrationError: no prompts, a pipeline whose calls are not its steps, a stochastic sampler, predictions that
@@ -164,7 +166,8 @@ class Calibration:
             "options": asdict(options),
             "scheduler": [type(pipe.scheduler).__name__, dict(pipe.scheduler.config)],
         }
-        self.store = Store(None if out is None else Path(out), identity)
+        self.out = None if out is None else Path(out)
+        self.store = Store(None if self.out is None else self.out / "captured", identity)
         self.results: list[Found] = []
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), disable=not progress, transient=True
@@ -194,7 +197,24 @@ class Calibration:
                     candidate = self._best(target) if psnr is None else self._for_quality(psnr)
                 name = f"calibrated-{target:g}x" if psnr is None else f"calibrated-{psnr:g}dB"
                 self.results.append(self._measured(candidate, name, start))
+        if self.out is not None:
+            write_report(self._report(), self.out)
         return self.results
+
+    def _report(self) -> CalibrationReport:
+        facts = {
+            "pipeline": type(self.pipe).__name__,
+            "fitted to": "; ".join(f"{one.name} (seed {one.seed})" for one in self.fitted_examples),
+            "measured on": "; ".join(f"{one.name} (seed {one.seed})" for one in self.held_examples),
+            "milliseconds of a step": f"both branches {self.costs.both:.4g}, the conditional one "
+            f"{self.costs.cond:.4g}, none {self.costs.none:.4g}",
+        }
+        return CalibrationReport(
+            [one.schedule for one in self.results],
+            [pair for one in self.results for pair in one.tried],
+            [one.drift for one in self.results],
+            facts | environment.versions(),
+        )
 
     def prepare(self) -> None:
         """Uncached generations, and what follows from them; on a stage that is open."""
@@ -254,8 +274,9 @@ class Calibration:
             )
         runs: dict[Running, None] = {}
         for search, whole in self.searches():
-            if len(runs) < self.effort.tried:
-                runs.setdefault(search.best(speedup, whole))
+            running = search.best(speedup, whole)
+            if len(runs) < self.effort.tried and self.costs.speedup(running) >= speedup:
+                runs.setdefault(running)
         few = self.fitted[: self.effort.few]
         tried = [self._rehearsed(running, few) for running in runs]
         for _ in range(2 if self.effort.moved else 0):

@@ -172,7 +172,8 @@ def _spec_of(pipeline: Any, component: str, engine: Engine, call: Mapping[str, A
         _latent_frames(pipeline, call),
         functools.partial(signature.of_call, pipeline, models, call),
     )
-    return RunSpec(steps, layout, part, caller)
+    scheduler = getattr(pipeline, "scheduler", None)
+    return RunSpec(steps, layout, part, None if scheduler is None else type(scheduler).__name__, caller)
 
 
 def _latent_frames(pipeline: Any, call: Mapping[str, Any]) -> int | None:

@@ -1,9 +1,9 @@
-"""Videos to show: uncached beside accelerated, with the schedule that made the difference drawn below."""
+"""Videos to show: uncached beside accelerated, with the schedules that made the difference drawn below."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,14 +30,20 @@ class OutputError(FasterCacheError, ValueError):
 
 
 @dataclass(frozen=True)
-class Pair:
-    """One prompt's two clips, `[frames, H, W, 3]` in [0, 1], and the seconds each took."""
+class Clip:
+    """Frames `[frames, H, W, 3]` in [0, 1], the seconds they took, and what made them, for people."""
+
+    name: str
+    frames: np.ndarray
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Take:
+    """One prompt's clips from the same noise: the uncached one first."""
 
     prompt: str
-    uncached: np.ndarray
-    cached: np.ndarray
-    uncached_seconds: float
-    cached_seconds: float
+    clips: tuple[Clip, ...]
 
 
 def to_bytes(clip: np.ndarray) -> np.ndarray:
@@ -90,64 +96,86 @@ def save(path: Path, frames: np.ndarray, loops: int = 1) -> None:
         )
 
 
-def comparison(pairs: Sequence[Pair], chart: str, title: str, headline: str) -> np.ndarray:
-    """Draw pairs of clips of one shape as a video, `[frames, height, width, 3]` uint8 with even height and width.
+def comparison(takes: Sequence[Take], charts: Mapping[str, str], title: str, headline: str) -> np.ndarray:
+    """Draw clips of one shape as a video, `[frames, height, width, 3]` uint8 with even height and width.
 
-    A pair is a row, or half a row from three pairs on. chart: the steps, as `Schedule.chart` gives them. title and
+    A take is a row, or half a row from three takes on; each has as many clips as the first. charts: the steps of each
+    schedule, as `Schedule.chart` gives them, by its name, which is written above where there are several. title and
     headline stand at the top left and right.
     """
-    frames, height, width = pairs[0].uncached.shape[:3]
-    columns = 1 if len(pairs) < 3 else 2
+    frames, height, width = takes[0].clips[0].frames.shape[:3]
+    columns = 1 if len(takes) < 3 else 2
     scale = max(1, round((320 if columns == 1 else 192) / width))
     w, h = width * scale, height * scale
-    cell_w, cell_h = 2 * w + GAP, h + 68
-    rows = -(-len(pairs) // columns)
-    chart_rows = [line.split() for line in chart.splitlines()]
-    top, bottom = 60, 38 + 22 * len(chart_rows)
+    cell_w, cell_h = len(takes[0].clips) * (w + GAP) - GAP, h + 68
+    rows = -(-len(takes) // columns)
+    drawn = {name: [line.split() for line in chart.splitlines()] for name, chart in charts.items()}
+    heading = 22 * (len(drawn) > 1)
+    top, bottom = 60, 38 + sum(heading + 22 * len(chart) for chart in drawn.values())
     canvas_w = max(2 * MARGIN + columns * cell_w + (columns - 1) * MARGIN, 640)
     canvas_h = top + rows * cell_h + bottom + MARGIN // 2
     canvas = Image.new("RGB", (canvas_w + canvas_w % 2, canvas_h + canvas_h % 2), BACKGROUND)
     draw = ImageDraw.Draw(canvas)
 
-    draw.text((MARGIN, 36), title, font=_font(20), fill=TEXT, anchor="ls")
+    headline = _fit(headline, _font(20), canvas_w - 2 * MARGIN)
+    room = canvas_w - 3 * MARGIN - _font(20).getlength(headline)
+    draw.text((MARGIN, 36), _fit(title, _font(20), room), font=_font(20), fill=TEXT, anchor="ls")
     draw.text((canvas_w - MARGIN, 36), headline, font=_font(20), fill=ACCENT, anchor="rs")
     left = (canvas_w - columns * cell_w - (columns - 1) * MARGIN) // 2
-    places = []
-    for index, pair in enumerate(pairs):
+    video_places = []
+    for index, take in enumerate(takes):
         x, y = left + index % columns * (cell_w + MARGIN), top + index // columns * cell_h
-        speedup = pair.uncached_seconds / pair.cached_seconds
-        draw.text((x, y + 16), f"uncached  {pair.uncached_seconds:.1f} s", font=_font(13), fill=MUTED, anchor="ls")
+        for number, clip in enumerate(take.clips):
+            place = x + number * (w + GAP)
+            _draw_label(draw, clip, take.clips[0].seconds / clip.seconds if number else None, place, y + 16, w)
+            video_places.append((clip.frames, place, y + 24))
         draw.text(
-            (x + w + GAP, y + 16), f"fastercache  {pair.cached_seconds:.1f} s", font=_font(13), fill=ACCENT, anchor="ls"
+            (x + cell_w / 2, y + h + 45), _fit(take.prompt, _font(17), cell_w), font=_font(17), fill=TEXT, anchor="ms"
         )
-        draw.text((x + cell_w, y + 16), f"{speedup:.2f}x", font=_font(13), fill=ACCENT, anchor="rs")
-        draw.text(
-            (x + cell_w / 2, y + h + 45), _fit(pair.prompt, _font(17), cell_w), font=_font(17), fill=TEXT, anchor="ms"
-        )
-        places.append(((x, y + 24), (x + w + GAP, y + 24)))
-    _draw_chart(draw, chart_rows, MARGIN, top + rows * cell_h + 8, canvas_w - 2 * MARGIN)
+    y = top + rows * cell_h + 8
+    for name, chart in drawn.items():
+        if heading:
+            draw.text((MARGIN, y + 13), name, font=_font(13), fill=TEXT, anchor="ls")
+        _draw_chart(draw, chart, MARGIN, y + heading, canvas_w - 2 * MARGIN)
+        y += heading + 22 * len(chart)
+    _draw_legend(draw, len(next(iter(drawn.values()))[0][1]), y)
 
     video = np.tile(np.asarray(canvas), (frames, 1, 1, 1))
-    for pair, corners in zip(pairs, places, strict=True):
-        for clip, (x, y) in zip((pair.uncached, pair.cached), corners, strict=True):
-            for frame, picture in zip(video, to_bytes(clip), strict=True):
-                frame[y : y + h, x : x + w] = Image.fromarray(picture).resize((w, h), Image.Resampling.LANCZOS)
+    for clip_frames, x, y in video_places:
+        for frame, picture in zip(video, to_bytes(clip_frames), strict=True):
+            frame[y : y + h, x : x + w] = Image.fromarray(picture).resize((w, h), Image.Resampling.LANCZOS)
     return video
 
 
+def _draw_label(draw: ImageDraw.ImageDraw, clip: Clip, speedup: float | None, x: int, y: int, width: int) -> None:
+    """What made a clip and in how many seconds, and how much faster than the uncached one, over `width` pixels."""
+    font, colour = _font(13), MUTED if speedup is None else ACCENT
+    gain = "" if speedup is None else f"{speedup:.2f}x"
+    seconds = f"  {clip.seconds:.1f} s"
+    room = width - font.getlength(seconds) - font.getlength(gain) - GAP
+    draw.text((x, y), _fit(clip.name, font, room) + seconds, font=font, fill=colour, anchor="ls")
+    draw.text((x + width, y), gain, font=font, fill=colour, anchor="rs")
+
+
+CHART_LABEL = 66
+"""Pixels of a chart's row before its first step."""
+
+
 def _draw_chart(draw: ImageDraw.ImageDraw, rows: Sequence[Sequence[str]], x: int, y: int, width: int) -> None:
-    """Rows of steps, one for each branch, over a legend; `width` pixels in all."""
-    label_width = 66
-    steps = len(rows[0][1])
-    step_width = (width - label_width) / steps
+    """Rows of steps, one for each branch; `width` pixels in all."""
+    step_width = (width - CHART_LABEL) / len(rows[0][1])
     gap = 2 if step_width >= 6 else 0
     for branch, cells in rows:
         draw.text((x, y + 13), branch, font=_font(13), fill=MUTED, anchor="ls")
         for position, cell in enumerate(cells):
-            start, end = (x + label_width + round(edge * step_width) for edge in (position, position + 1))
+            start, end = (x + CHART_LABEL + round(edge * step_width) for edge in (position, position + 1))
             draw.rectangle((start, y, max(start, end - 1 - gap), y + 15), fill=STEP_COLOURS[cell][0])
         y += 22
-    x += label_width
+
+
+def _draw_legend(draw: ImageDraw.ImageDraw, steps: int, y: int) -> None:
+    """What the colours of charts mean, and how many steps they have."""
+    x = MARGIN + CHART_LABEL
     for colour, name in STEP_COLOURS.values():
         draw.rectangle((x, y + 5, x + 11, y + 16), fill=colour)
         draw.text((x + 18, y + 16), name, font=_font(13), fill=MUTED, anchor="ls")
@@ -165,4 +193,4 @@ def _fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: f
         return text
     while text and font.getlength(text + "...") > width:
         text = text[:-1]
-    return text.rstrip() + "..."
+    return text.rstrip() + "..." if text else ""

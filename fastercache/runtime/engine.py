@@ -37,6 +37,7 @@ from fastercache.runtime.run import Run, RunSpec, input_key
 from fastercache.runtime.summary import summary_of
 from fastercache.runtime.timesteps import Habits, Reading, Timesteps, read
 from fastercache.schedule.branches import BranchLayout
+from fastercache.schedule.carried import Carried
 from fastercache.schedule.plan import Plan, make_plan
 from fastercache.schedule.policies import Policy, built, means_to_skip
 from fastercache.schedule.schedule import Schedule
@@ -182,6 +183,8 @@ class Engine:
                 "row of each branch for every prompt; pass an even batch, or cfg='none' for a model without guidance"
             )
         plan = self.plan_for(spec)
+        if isinstance(self.schedule, Carried):
+            notes.append(self.schedule.choice(spec.steps, layout.guided, spec.scheduler)[1])
         if layout.guided and not layout.two_calls and any(step.rebuild for step in plan.steps):
             # What cannot be split is said now.
             family.refuse_nested(arguments, batch)
@@ -350,7 +353,7 @@ class Engine:
         plan = self._plans[spec]
         if self._meant_to_skip and plan.skips_nothing and self._skips_elsewhere_nothing(spec):
             why = f"a run of {spec.steps} steps is too short for it"
-            if not plan.guided and not built(self.schedule, spec.steps, True).skips_nothing:
+            if not plan.guided and not built(self.schedule, spec.steps, True, spec.scheduler).skips_nothing:
                 why = "it skips unconditional calls alone, and this run has no guidance"
             warn(f"schedule {plan.schedule.name!r} skips nothing here: {why}; the run gains no speed")
         return plan
@@ -360,12 +363,15 @@ class Engine:
         either."""
         if spec.part is None:
             return True
-        schedule, (start, stop) = built(self.schedule, spec.steps, spec.layout.guided), spec.part
+        schedule, (start, stop) = self._schedule_of(spec), spec.part
         others = [schedule.part(*part) for part in ((0, start), (stop, spec.steps)) if part[0] < part[1]]
         return all(make_plan(other, spec.layout.guided, self.gated.tree).skips_nothing for other in others)
 
+    def _schedule_of(self, spec: RunSpec) -> Schedule:
+        return built(self.schedule, spec.steps, spec.layout.guided, spec.scheduler)
+
     def _make_plan(self, spec: RunSpec) -> Plan:
-        schedule = built(self.schedule, spec.steps, spec.layout.guided)
+        schedule = self._schedule_of(spec)
         if len(schedule) != spec.steps:
             asked = None if spec.caller is None else spec.caller.asked
             calls = (

@@ -46,12 +46,13 @@ class Caller:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """How many steps a run has, how its calls are made of branches, and which of the steps are this model's (from, to;
-    default: all)."""
+    """How many steps a run has, how its calls are made of branches, which of the steps are this model's (from, to;
+    default: all), and the class of the pipeline's scheduler, where it has one."""
 
     steps: int
     layout: BranchLayout
     part: tuple[int, int] | None = None
+    scheduler: str | None = None
     caller: Caller | None = field(default=None, compare=False)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from fastercache.errors import ScheduleError
+from fastercache.schedule.carried import Carried
 from fastercache.schedule.policies.fastercache import cfg_only, dynamic_only, paper, plain
 from fastercache.schedule.policies.fora import fora
 from fastercache.schedule.policies.given import given
@@ -160,10 +161,15 @@ def means_to_skip(schedule: Schedule | Policy) -> bool:
     return not _checked(schedule, 120, result).skips_nothing
 
 
-def built(schedule: Schedule | Policy, steps: int, guidance: bool) -> Schedule:
-    """The schedule of a run of that many steps: the policy's, or the one given whatever its length."""
+def built(schedule: Schedule | Policy, steps: int, guidance: bool, scheduler: str | None = None) -> Schedule:
+    """The schedule of a run of that many steps: the policy's, or the one given whatever its length.
+
+    scheduler: the class of the pipeline's, by which carried schedules are chosen, too.
+    """
     if isinstance(schedule, Schedule):
         return schedule
+    if isinstance(schedule, Carried):
+        return schedule(steps, guidance, scheduler)
     return _checked(schedule, steps, schedule(steps, guidance))
 
 
