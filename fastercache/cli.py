@@ -638,6 +638,8 @@ def inspect_schedule(
             f"skipped  {share['skipped'] / share['of']:>4.0%} of {what} ({share['skipped']} of {share['of']})",
             soft_wrap=True,
         )
+    if drawn.measured is not None:
+        console.print(f"measured {drawn.measured}", soft_wrap=True)
     if system is not None:
         _print_costs(system, costs)
 

@@ -117,6 +117,12 @@ def test_inspect_prints_what_reusing_the_stack_keeps(tmp_path, system):
     assert f"{2 * branches * tokens * channels * 2 / 1e9:.2f} GB as model" in output
 
 
+def test_inspect_says_what_a_schedule_was_measured_to_do(tmp_path):
+    measured = Measured(1.9, 2.0, 45.0, None, 40.0, 8, 15.0, 60.0)
+    Schedule((Step(), Step("none")), "calibrated", measured=measured).to_json(tmp_path / "calibrated.json")
+    assert f"measured {measured}\n" in run("inspect", tmp_path / "calibrated.json").stdout
+
+
 def test_inspect_does_not_know_a_system():
     line = error_of("inspect", "paper", "--system", "sora")
     assert "--system sora: known are open-sora-1.2" in line and "hunyuan-video" in line
@@ -411,7 +417,8 @@ def test_calibrate(tmp_path, calibrated):
     assert "calibrated 2x: 1.90x faster in the denoiser" in result.stdout and "of the example videos: " in result.stdout
 
 
-def test_calibrate_several_at_once(tmp_path, calibrated):
+def test_calibrate_several_at_once(tmp_path, calibrated, monkeypatch):
+    monkeypatch.setattr(demo, "FILM", (".png",))  # a video takes seconds
     prompts = prompts_file(tmp_path, PROMPT)
     words = ("--frontier", "1.5,3", "--steps", 2, "--prompts", prompts, "--out", tmp_path)
     result = run("calibrate", "shapes", *words)

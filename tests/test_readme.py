@@ -13,7 +13,7 @@ from models import cogvideox
 from typer.testing import CliRunner
 
 import fastercache
-from fastercache import Schedule, Step, cli, policies, shapes
+from fastercache import Schedule, Step, cli, demo, policies, shapes
 from fastercache.shapes.text_to_video import ShapesPipeline
 
 ROOT = Path(__file__).parent.parent
@@ -85,6 +85,7 @@ def test_command(monkeypatch, tmp_path, words):
     if words[0] == "calibrate":  # the calibration itself takes minutes; tests of its own are elsewhere
         schedule = Schedule((Step(), Step("none")), "calibrated")
         monkeypatch.setattr(fastercache, "calibrate", lambda *_, **__: schedule, raising=False)
+        monkeypatch.setattr(demo, "FILM", (".png",))  # a video takes seconds
     if words[0] in ("demo", "sample", "calibrate"):
         words += ["--steps", "2"]
     if words[0] == "demo":
