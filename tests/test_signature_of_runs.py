@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from models import arguments, cogvideox, latte
 from test_video_pipelines import sample as sample_wan
 from test_video_pipelines import wan_experts
@@ -143,6 +143,15 @@ def test_no_run_keeps_the_arguments_of_its_call(pipe):
     del callback
     gc.collect()
     assert kept() is None and fastercache.summary(pipe).steps == STEPS
+
+
+def test_sigmas_are_those_of_the_last_steps_of_the_sampler():
+    flow = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=5.0)
+    flow.set_timesteps(4)
+    whole = host_signature._sigmas(flow, 4)
+    assert whole == tuple(float(f"{sigma:.5g}") for sigma in flow.sigmas[:4].tolist()) and 0 < whole[-1] < whole[0] <= 1
+    assert host_signature._sigmas(flow, 3) == whole[1:]  # a run that begins later, as from a video
+    assert host_signature._sigmas(flow, 5) is None and host_signature._sigmas(None, 4) is None
 
 
 # ---- the model -------------------------------------------------------------------------------------------------------
