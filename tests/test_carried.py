@@ -193,6 +193,13 @@ def test_a_repository_in_which_nothing_fits_is_refused(hub):
     assert fastercache.summary(model).schedule == "plain"
 
 
+def test_a_carried_schedule_that_skips_nothing_without_guidance_says_why(hub):
+    write(hub, Schedule((Step(), Step("cond")), "cfg", made_for=Signature(steps=2, guidance=(1.0,))))
+    model = fastercache.compile(cogvideox(), "somebody/fitted", steps=2, cfg="none")
+    with pytest.warns(fastercache.FasterCacheWarning, match="skips unconditional calls alone, and this run"):
+        model(**arguments(model, 1))
+
+
 @pytest.mark.parametrize("name", ["somebody/else", "mochi/relased", "somebody/fitted", "somebody/fitted/gone.json"])
 def test_what_is_not_on_this_machine_is_not_fetched_unasked(hub, monkeypatch, name):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", asked := Fetched())

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from models import arguments, cogvideox, latte
 from test_video_pipelines import sample as sample_wan
 from test_video_pipelines import wan_experts
 
 import fastercache
-from fastercache import FasterCacheWarning, Schedule, ScheduleError, Signature, Step
+from fastercache import CompileError, FasterCacheWarning, Schedule, ScheduleError, Signature, Step
 from fastercache.host import signature as host_signature
 from fastercache.host.signature import signature_of
 from fastercache.shapes import CALL, load
@@ -24,17 +27,15 @@ WITH_SITES = Schedule((Step(), Step(), Step("both", ("attention",), (1.0,)), Ste
 
 
 @pytest.fixture(scope="module")
-def shared():
+def pipe():
     return load()
 
 
-@pytest.fixture
-def pipe(shared):
-    scheduler = shared.scheduler
-    yield shared
-    shared.scheduler = scheduler
-    if hasattr(shared.transformer, "_fastercache_engine"):
-        fastercache.restore(shared)
+@pytest.fixture(autouse=True)
+def as_it_was(pipe):
+    yield
+    with suppress(CompileError):  # which says that it is not compiled
+        fastercache.restore(pipe)
 
 
 def sample(pipe, **changes):
@@ -93,9 +94,10 @@ def test_a_run_without_guidance_differs(pipe, made_for):
         sample(pipe, guidance_scale=1.0)
 
 
-def test_another_scheduler_is_refused_before_the_first_step(pipe, made_for):
+def test_another_scheduler_is_refused_before_the_first_step(pipe, made_for, monkeypatch):
     fastercache.compile(pipe, replace(CALIBRATED, made_for=made_for))
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    other = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    monkeypatch.setattr(pipe, "scheduler", other)
     message = r"its scheduler is DPMSolverMultistepScheduler, not DDIMScheduler; make one .* fastercache\.calibrate"
     with pytest.raises(ScheduleError, match=message):
         sample(pipe)
@@ -129,6 +131,27 @@ def test_a_schedule_that_does_not_say_what_it_was_made_for_costs_no_signature(pi
     monkeypatch.setattr(host_signature, "_of_models", refuse)
     fastercache.compile(pipe, CALIBRATED)
     quietly(pipe)
+
+
+def test_no_run_keeps_the_arguments_of_its_call(pipe):
+    def callback(pipe, index, timestep, tensors):
+        return tensors
+
+    fastercache.compile(pipe)
+    sample(pipe, callback_on_step_end=callback)
+    kept = weakref.ref(callback)
+    del callback
+    gc.collect()
+    assert kept() is None and fastercache.summary(pipe).steps == STEPS
+
+
+def test_sigmas_are_those_of_the_last_steps_of_the_sampler():
+    flow = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=5.0)
+    flow.set_timesteps(4)
+    whole = host_signature._sigmas(flow, 4)
+    assert whole == tuple(float(f"{sigma:.5g}") for sigma in flow.sigmas[:4].tolist()) and 0 < whole[-1] < whole[0] <= 1
+    assert host_signature._sigmas(flow, 3) == whole[1:]  # a run that begins later, as from a video
+    assert host_signature._sigmas(flow, 5) is None and host_signature._sigmas(None, 4) is None
 
 
 # ---- the model -------------------------------------------------------------------------------------------------------

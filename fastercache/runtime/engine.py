@@ -348,12 +348,12 @@ class Engine:
 
     def plan_for(self, spec: RunSpec) -> Plan:
         """The plan of a run; `ScheduleError` if a fixed schedule has another length, or does not fit the model."""
-        if spec not in self._plans:
-            self._plans[spec] = self._make_plan(spec)
+        if spec not in self._plans:  # the caller is left out, as it holds the arguments of the pipeline's call
+            self._plans[replace(spec, caller=None)] = self._make_plan(spec)
         plan = self._plans[spec]
         if self._meant_to_skip and plan.skips_nothing and self._skips_elsewhere_nothing(spec):
             why = f"a run of {spec.steps} steps is too short for it"
-            if not plan.guided and not built(self.schedule, spec.steps, True, spec.scheduler).skips_nothing:
+            if not plan.guided and not self._schedule_of(spec, with_guidance=True).skips_nothing:
                 why = "it skips unconditional calls alone, and this run has no guidance"
             warn(f"schedule {plan.schedule.name!r} skips nothing here: {why}; the run gains no speed")
         return plan
@@ -367,8 +367,11 @@ class Engine:
         others = [schedule.part(*part) for part in ((0, start), (stop, spec.steps)) if part[0] < part[1]]
         return all(make_plan(other, spec.layout.guided, self.gated.tree).skips_nothing for other in others)
 
-    def _schedule_of(self, spec: RunSpec) -> Schedule:
-        return built(self.schedule, spec.steps, spec.layout.guided, spec.scheduler)
+    def _schedule_of(self, spec: RunSpec, with_guidance: bool = False) -> Schedule:
+        """The schedule of a run. with_guidance: the policy's for the same run with guidance; a carried one is what it
+        is."""
+        guided = spec.layout.guided or (with_guidance and not isinstance(self.schedule, Carried))
+        return built(self.schedule, spec.steps, guided, spec.scheduler)
 
     def _make_plan(self, spec: RunSpec) -> Plan:
         schedule = self._schedule_of(spec)
