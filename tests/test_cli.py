@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 import fastercache
 from fastercache import Measured, Schedule, Signature, Step, demo, ops, policies, shapes
 from fastercache.cli import app
+from fastercache.report.calibration import write_schedules
 from fastercache.report.published import SYSTEMS
 
 PROMPT = "a red circle moving right"
@@ -390,7 +391,7 @@ def calibrated(monkeypatch):
         write_schedules(made, options["out"])
         return made if options["frontier"] else made[0]
 
-    monkeypatch.setattr(fastercache, "calibrate", calibrate, raising=False)
+    monkeypatch.setattr(fastercache, "calibrate", calibrate)
     return asked
 
 
@@ -433,7 +434,7 @@ def test_calibrate_that_is_interrupted_says_what_is_kept(tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fastercache, "calibrate", interrupt, raising=False)
+    monkeypatch.setattr(fastercache, "calibrate", interrupt)
     result = run("calibrate", "shapes", "--prompts", prompts_file(tmp_path), "--psnr", 40, "--out", tmp_path)
     assert result.exit_code == 130
     assert f"what was captured is kept in {tmp_path}, and the same command goes on" in result.stderr
