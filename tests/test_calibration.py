@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,12 @@ from diffusers import (
     UniPCMultistepScheduler,
     WanPipeline,
 )
-from models import cogvideox
+from models import arguments, cogvideox
 from test_video_pipelines import wan, wan_experts
+from torch._dynamo.testing import CompileCounter
 
 import fastercache
+from bench.graphs import DeviceReads
 from fastercache import CalibrationError, Schedule, Step
 from fastercache.calibration.branches import Branches, CallNotes
 from fastercache.calibration.calibrate import EFFORTS, Calibration, Candidate, Effort, divided
@@ -182,6 +185,27 @@ def test_fitted_schedules_are_nearer_than_the_same_steps_held(name):
     assert fitted_psnr > held_psnr + 1.0
 
 
+def test_a_fitted_schedule_has_a_graph_for_each_phase_that_calls_the_model_and_reads_nothing():
+    pipe, call = made("cogvideox")
+    stage, texts = Stage(pipe, call | {"num_inference_steps": STEPS}), prompts(2)
+    with stage.open():
+        found = [Capture(stage).reference(Example.of(text, seed)) for seed, text in enumerate(texts)]
+        schedule = Rehearsals(stage).fit("fitted", MIXED, found).schedule
+    fastercache.compile(pipe, schedule)
+    eager = [sampled(pipe, call, text, seed) for seed, text in enumerate(texts)]
+    fastercache.restore(pipe)
+    model = fastercache.compile(cogvideox(), replace(schedule, made_for=None), steps=STEPS, cfg="uncond-first")
+    inputs = arguments(model, 4)
+    with DeviceReads() as watched, torch.no_grad():
+        for _ in range(STEPS):
+            model(**inputs)
+    assert watched.reads == 0
+    fastercache.compile(pipe, schedule, backend=(counter := CompileCounter()))
+    for seed, (text, expected) in enumerate(zip(texts, eager, strict=True)):
+        np.testing.assert_allclose(sampled(pipe, call, text, seed), expected, rtol=1e-4, atol=1e-4)
+    assert counter.frame_count == 2  # both branches, and the conditional one
+
+
 def test_corrections_and_the_closed_loop_are_switched_by_the_options():
     pipe, call = made("cogvideox")
     stage = Stage(pipe, call | {"num_inference_steps": STEPS})
@@ -327,6 +351,7 @@ def test_an_interrupted_calibration_goes_on_and_the_same_findings_give_the_same_
     assert calls > STEPS
     again = calibrate()
     assert again.steps == first.steps
+    assert again.measured.seconds > 0.5 * first.measured.seconds  # what was found before took its time, too
     assert calls <= STEPS * SMALL.held  # the held-out pairs alone are sampled again
     with pytest.raises(CalibrationError, match="another calibration, with other prompts"):
         fastercache.calibrate(
