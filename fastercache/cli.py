@@ -15,6 +15,7 @@ import torch
 import typer
 from rich import box
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
@@ -62,6 +63,8 @@ class Dtype(str, Enum):
         return getattr(torch, self.value)
 
 
+EXTRAS = {"torchmetrics": "metrics", "torchvision": "metrics"}
+"""The extra that brings a package; the others come with `demo`."""
 MOST_STEPS, MOST_SEED = 10_000, 2**63 - 1
 
 
@@ -189,8 +192,9 @@ def _failures() -> Iterator[None]:
     except ImportError as error:
         if (error.name or "").startswith("fastercache"):
             raise
-        missing = f"{error.name.split('.')[0]} is not installed" if error.name else str(error).strip().splitlines()[0]
-        _fail(f'{missing}: pip install "fastercache[demo]"')
+        package = (error.name or "").split(".")[0]
+        missing = f"{package} is not installed" if package else str(error).strip().splitlines()[0]
+        _fail(f'{missing}: pip install "fastercache[{EXTRAS.get(package, "demo")}]"')
     except torch.OutOfMemoryError as error:
         _fail(
             f"out of memory: {first_line(error)}; try --cache-format int8-int4, fewer --frames, or a smaller --height "
@@ -265,9 +269,7 @@ def sample(
     plan = policies.resolve(schedule)
     if pipeline == "shapes":
         demonstration.check_prompt(prompt)
-    place = ("cuda" if torch.cuda.is_available() else "cpu") if device is Device.auto else device.value
-    if place == "cuda" and not torch.cuda.is_available():
-        _fail("--device cuda: torch sees no GPU; leave the option out to run on the CPU")
+    place = sampling.device_here(device.value)
     media.check_suffix(out)
     sampling.check_source(pipeline, download)
     media.check_writable(out)
@@ -474,6 +476,60 @@ def batch(
         )
     if result.failed:
         raise typer.Exit(1)
+
+
+@app.command()
+@_one_line_errors()
+def evaluate(
+    reference: Annotated[Path, typer.Argument(help="Folder of videos, such as uncached ones.")],
+    output: Annotated[Path, typer.Argument(help="Folder of videos by the same names.")],
+    metrics: Annotated[str, typer.Option(help="psnr, ssim, lpips and vbench, with commas.")] = "psnr,ssim",
+    dimensions: Annotated[
+        str | None, typer.Option(help="VBench's, with commas; default: all that serve any video.")
+    ] = None,
+    device: DeviceOption = Device.auto,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare two folders of videos by the same names. Downloads nothing."""
+    from fastercache.report import evaluation, vbench
+
+    names = evaluation.parse_metrics(metrics)
+    chosen = vbench.DIMENSIONS if dimensions is None else [one.strip() for one in dimensions.split(",")]
+    screen = problems if as_json else console
+    with Progress(console=screen, transient=True) as bar:
+        task = bar.add_task("videos", total=None)
+        found = evaluation.evaluate(
+            reference,
+            output,
+            names,
+            dimensions=chosen,
+            device=sampling.device_here(device.value),
+            on_pair=lambda done, of: bar.update(task, completed=done, total=of),
+        )
+    for place in ("reference", "output"):
+        if lonely := found[f"only_in_{place}"]:
+            problems.print(
+                f"only in the {place}, and left out: {', '.join(lonely)}", style="yellow", markup=False, soft_wrap=True
+            )
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in (f"{len(found['pairs'])} videos", "mean", "least", "most"):
+        table.add_column(heading, no_wrap=True, justify="left" if "videos" in heading else "right")
+    for name, row in found["summary"].items():
+        digits = 2 if name == "psnr" else 4
+        cells = ("inf" if value is None else f"{value:.{digits}f}" for value in row.values())
+        table.add_row("psnr (dB)" if name == "psnr" else name, *cells)
+    if found["summary"]:
+        _print_table(table)
+    if "vbench" in found:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for heading in ("vbench", "reference", "output"):
+            table.add_column(heading, no_wrap=True, justify="left" if heading == "vbench" else "right")
+        for dimension in chosen:
+            table.add_row(dimension, *(f"{found['vbench'][place][dimension]:.4f}" for place in ("reference", "output")))
+        _print_table(table)
 
 
 @app.command("inspect", epilog=NAMES)

@@ -20,12 +20,20 @@ STEPS = 50
 
 
 class PipelineError(FasterCacheError, ValueError):
-    """A pipeline that is not there or cannot be loaded, or an argument that its call does not have."""
+    """A pipeline or a device that is not there, or an argument that a pipeline's call does not have."""
 
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; its type's name where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def device_here(device: str) -> str:
+    """`auto` is the GPU where torch sees one. `PipelineError` for a GPU that is not there."""
+    there = torch.cuda.is_available()
+    if device == "cuda" and not there:
+        raise PipelineError("--device cuda: torch sees no GPU; leave the option out to run on the CPU")
+    return ("cuda" if there else "cpu") if device == "auto" else device
 
 
 def is_directory(pipeline: str) -> bool:

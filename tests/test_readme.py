@@ -7,6 +7,7 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 from diffusers import DiffusionPipeline
 from models import cogvideox
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 import fastercache
 from fastercache import cli, policies, shapes
+from fastercache.report import media
 from fastercache.shapes.text_to_video import ShapesPipeline
 
 ROOT = Path(__file__).parent.parent
@@ -80,7 +82,11 @@ def compile_statement(statement):
 def test_command(monkeypatch, tmp_path, words):
     monkeypatch.chdir(tmp_path)
     words = [{"PIPELINE": "shapes", "...": "a red circle moving right"}.get(word, word) for word in words]
-    if words[0] in ("demo", "sample"):
+    Path("prompts.jsonl").write_text('{"prompt": "a red circle moving right"}\n')
+    for folder in ("REFERENCE", "OUTPUT") if words[0] == "evaluate" else ():
+        (tmp_path / folder).mkdir()
+        media.save(tmp_path / folder / "a video.mp4", np.zeros((2, 16, 16, 3), np.uint8))
+    if words[0] in ("demo", "sample", "batch"):
         words += ["--steps", "2"]
     if words[0] == "demo":
         words += ["--prompt", "a red circle moving right"]
@@ -100,4 +106,6 @@ def test_the_chart_is_that_of_the_schedule():
 
 
 def test_nothing_was_left_out():
-    assert len(BLOCKS) == 5 and [words[0] for words in COMMANDS] == ["demo", "sample", "inspect", "info"]
+    assert len(BLOCKS) == 5 and [words[0] for words in COMMANDS] == [
+        *("demo", "sample", "batch", "evaluate", "inspect", "info")
+    ]

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
+from fastercache import sampling
 from fastercache.batch.jobs import BatchError, Job
 from fastercache.batch.worker import Failed, Made, Setup, Worker
 from fastercache.host import environment, steady
@@ -73,19 +74,11 @@ class Pool(Protocol):
         """End the workers."""
 
 
-def device_here(device: str) -> str:
-    """`auto` is the GPU where torch sees one. `BatchError` for a GPU that is not there."""
-    there = torch.cuda.is_available()
-    if device == "cuda" and not there:
-        raise BatchError("--device cuda: torch sees no GPU; leave the option out to run on the CPU")
-    return ("cuda" if there else "cpu") if device == "auto" else device
-
-
 class InProcess:
     """One worker, which is this process. Nothing happens until somebody waits for it."""
 
     def __init__(self, device: str = "auto") -> None:
-        self.device = device_here(device)
+        self.device = sampling.device_here(device)
         self.worker = Worker()
         self.events: deque[Any] = deque()
 
@@ -133,7 +126,7 @@ class RayPool:
                 raise BatchError(f"--device cuda: the cluster at {address} has no GPU; leave the option out")
             self.device = ("cuda" if gpus else "cpu") if device == "auto" else device
         else:
-            self.device = device_here(device)
+            self.device = sampling.device_here(device)
             gpus = torch.cuda.device_count()
         if self.device == "cpu" and workers is None:
             raise BatchError("on the CPU, --ray needs --workers: say how many")

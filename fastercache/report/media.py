@@ -72,6 +72,21 @@ def check_writable(path: Path) -> None:
         raise OutputError(f"cannot write {path}: {error.strerror or error}; give another place") from error
 
 
+def read(path: Path) -> np.ndarray:
+    """All frames of a video that `save` may have written, `[frames, H, W, 3]` uint8. `OutputError` if it cannot be
+    read."""
+    try:
+        if path.suffix.lower() in H264:
+            return iio.imread(path, plugin="pyav")
+        frames = iio.imread(path, mode="RGB")
+        return frames if frames.ndim == 4 else frames[None]
+    except ImportError:
+        raise
+    except Exception as error:  # whatever PyAV and Pillow raise on a file that is cut off or is something else
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise OutputError(f"{path} cannot be read as a video: {reason}") from error
+
+
 def save(path: Path, frames: np.ndarray, loops: int = 1) -> None:
     """Write frames `[frames, H, W, 3]` uint8: `.png` is the middle one, `.gif` repeats for ever, the others are H.264
     at 8 Hz.
