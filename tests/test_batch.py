@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -26,7 +27,7 @@ from fastercache import policies, shapes
 from fastercache.batch import pools, run
 from fastercache.batch.jobs import BatchError, Folder, Job, read_jobs, settings_of
 from fastercache.batch.pools import Died, Done, Ready
-from fastercache.batch.worker import Failed, Made, Setup, Worker
+from fastercache.batch.worker import Failed, Made, Setup, Worker, WorkerError
 from fastercache.cli import app
 from fastercache.host import environment
 from fastercache.sampling import PipelineError
@@ -82,7 +83,7 @@ def test_a_list_with_names_seeds_and_arguments(tmp_path):
         ('{"prompt": "a"', "not JSON"),
         ('"a"', "not an object"),
         ("\udcff", "is not UTF-8"),
-        ('{"prompt": "a", "prompt": "b"}', "'prompt' is given twice"),
+        ('{"prompt": "a", "prompt": "b"}', "key 'prompt' stands twice"),
         ('{"prompt": "a", "guidance_scale": NaN}', "NaN is no number"),
         ('{"seed": 1}', '"prompt" is null; give the text'),
         ('{"prompt": " "}', '"prompt" is " "'),
@@ -376,6 +377,20 @@ def test_a_video_does_not_depend_on_those_before_it(tmp_path):
     assert result.exit_code == 0, result.output
     assert hashes(together)["0003"] == hashes(alone)["0003"] != hashes(together)["0001"]
     assert records(alone)["0003"]["settings"]["schedule"] == json.loads(policies.plain(4).to_json())
+
+
+def test_a_worker_whose_gpu_is_lost_does_not_fail_one_prompt_after_the_other(monkeypatch):
+    def lost(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    worker = Worker()
+    worker.load(Setup("shapes", policies.resolve("paper"), "cpu", torch.float32))
+    wrong = Job(1, "0001", PROMPTS[0], 0, {"height": 63, "num_inference_steps": 1})
+    assert isinstance(worker.make(wrong, {}), Failed)
+    worker.setup = replace(worker.setup, device="cuda")
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    with pytest.raises(WorkerError, match="the GPU is lost to this process: CUDA error"):
+        worker.make(wrong, {})
 
 
 def test_compiled_phases(tmp_path):

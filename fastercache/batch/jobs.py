@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastercache.errors import FasterCacheError
+from fastercache.schedule.schedule import once_each
 
 Names = Literal["line", "vbench"]
 MOST_SEED = 2**63 - 1
@@ -73,13 +75,13 @@ def read_jobs(
     """
     jobs: list[Job] = []
     lines_of: dict[str, int] = {}
+    times: Counter[str] = Counter()
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if not line.strip():
             continue
         try:
             entry = _parsed(line)
-            index = sum(job.prompt == entry.get("prompt") for job in jobs)
-            job = _job(entry, number, names, index, seed, arguments or {})
+            job = _job(entry, number, names, times, seed, arguments or {})
             check(job)
         except (FasterCacheError, ValueError) as error:
             raise BatchError(f"{path}, line {number}: {error}") from error
@@ -96,18 +98,11 @@ def read_jobs(
 
 
 def _parsed(line: bytes) -> dict[str, Any]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} is given twice; give it once")
-        return found
-
     def refuse(constant: str) -> Any:
         raise ValueError(f"{constant} is no number in JSON; give a finite one")
 
     try:
-        entry = json.loads(line.decode(), object_pairs_hook=once, parse_constant=refuse)
+        entry = json.loads(line.decode(), object_pairs_hook=once_each, parse_constant=refuse)
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start + 1} is not UTF-8; save the file as UTF-8") from error
     except json.JSONDecodeError as error:
@@ -117,13 +112,15 @@ def _parsed(line: bytes) -> dict[str, Any]:
     return entry
 
 
-def _job(entry: dict[str, Any], line: int, names: Names, index: int, seed: int, arguments: Mapping[str, Any]) -> Job:
+def _job(
+    entry: dict[str, Any], line: int, names: Names, times: Counter[str], seed: int, arguments: Mapping[str, Any]
+) -> Job:
     prompt, seed = entry.pop("prompt", None), entry.pop("seed", seed)
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f'"prompt" is {json.dumps(prompt)}; give the text to show')
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MOST_SEED:
         raise ValueError(f'"seed" is {json.dumps(seed)}; give a whole number from 0 to {MOST_SEED}')
-    name = entry.pop("name", f"{prompt}-{index}" if names == "vbench" else f"{line:04d}")
+    name = entry.pop("name", f"{prompt}-{times[prompt]}" if names == "vbench" else f"{line:04d}")
     if (
         not isinstance(name, str)
         or not name.strip()
@@ -135,6 +132,7 @@ def _job(entry: dict[str, Any], line: int, names: Names, index: int, seed: int, 
             f"{json.dumps(name)} cannot name a file: no slash, no control character, no dot in front, at most "
             f'{LONGEST_NAME} bytes; give another "name"'
         )
+    times[prompt] += 1
     for key in entry:
         if key in OURS:
             raise ValueError(f"{key!r} cannot be given here; {OURS[key]}")

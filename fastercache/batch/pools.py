@@ -16,7 +16,7 @@ import torch
 
 from fastercache import sampling
 from fastercache.batch.jobs import BatchError, Job
-from fastercache.batch.worker import Failed, Made, Setup, Worker
+from fastercache.batch.worker import Failed, Made, Setup, Worker, WorkerError
 from fastercache.host import environment, steady
 
 PATIENCE = 5.0
@@ -191,12 +191,18 @@ class RayPool:
         try:
             found = self.ray.get(done)
         except self.ray.exceptions.RayTaskError as error:  # the worker lives, and says what is wrong
-            raise (error.cause if isinstance(getattr(error, "cause", None), Exception) else error) from None
+            cause = error.cause if isinstance(getattr(error, "cause", None), Exception) else error
+            if not isinstance(cause, WorkerError):
+                raise cause from None
+            return self._replaced(worker, cause)
         except self.ray.exceptions.RayError as error:
-            self.ray.kill(self.actors[worker])
-            self._start_one(worker)
-            return Died(worker, next((line for line in str(error).splitlines() if line.strip()), type(error).__name__))
+            return self._replaced(worker, error)
         return Ready(worker, found) if loading else Done(worker, found)
+
+    def _replaced(self, worker: int, error: Exception) -> Died:
+        self.ray.kill(self.actors[worker])
+        self._start_one(worker)
+        return Died(worker, sampling.first_line(error))
 
     def close(self) -> None:
         self.ray.shutdown()

@@ -59,7 +59,8 @@ def run_batch(
     """
     with closing(pool), folder.locked():
         wanted = pending(jobs, folder, common, overwrite)
-        result = Result(there=[job.name for job in jobs if job not in wanted])
+        names = {job.name for job in wanted}
+        result = Result(there=[job.name for job in jobs if job.name not in names])
         if wanted:
             pool.start(setup, len(wanted))
             _Batch(wanted, folder, pool, common, result, screen).run()

@@ -60,6 +60,10 @@ class Failed:
     error: str
 
 
+class WorkerError(FasterCacheError, RuntimeError):
+    """A worker that can make no more videos, though its process lives: its GPU answers every call with an error."""
+
+
 class Worker:
     """Loads nothing until `load`, so that what goes wrong there comes back as an error and not as a dead worker."""
 
@@ -82,7 +86,7 @@ class Worker:
         }
 
     def make(self, job: Job, settings: Mapping[str, Any]) -> Made | Failed:
-        """Make a video. An exception is the prompt's, and the next one finds the worker clean.
+        """Make a video. An exception is the prompt's, and the next one finds the worker clean; but for `WorkerError`.
 
         settings: go into the JSON as they are.
         """
@@ -91,15 +95,25 @@ class Worker:
             try:
                 video, record = self._made(job)
             except Exception as error:  # whatever a pipeline raises about what a line asked for
+                self._check_device()
                 fastercache.release(self.pipe)
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
                 kind = "" if isinstance(error, FasterCacheError) else f"{type(error).__name__}: "
                 return Failed(kind + sampling.first_line(error))
         said = tuple(str(one.message) for one in caught if issubclass(one.category, FasterCacheWarning))
         return Made(
             video, {"prompt": job.prompt, "seed": job.seed, **record, "warnings": said, "settings": settings}, said
         )
+
+    def _check_device(self) -> None:
+        """After an error: give back what it left on the GPU. `WorkerError` if the GPU is of no more use to this
+        process, as after an illegal access: the next prompts would all fail of it."""
+        if self.setup.device != "cuda":
+            return
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            raise WorkerError(f"the GPU is lost to this process: {sampling.first_line(error)}") from error
 
     def _made(self, job: Job) -> tuple[bytes, dict[str, Any]]:
         from fastercache.report import media

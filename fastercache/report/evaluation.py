@@ -104,7 +104,7 @@ def evaluate(
     for number, name in enumerate(common, 1):
         a, b = (media.read(folder / name) for folder in (reference, output))
         _check_shapes(name, a, b)
-        a, b = (frames.astype(np.float64) / 255 for frames in (a, b))
+        a, b = (frames.astype(np.float32) / 255 for frames in (a, b))
         prompt = dict(zip(("prompt", "index"), prompt_of(name) or (), strict=False))
         values = {metric: figure(a, b) for metric, figure in figures.items()}
         pairs.append({"name": name, **prompt, "frames": len(a), "height": a.shape[1], "width": a.shape[2], **values})

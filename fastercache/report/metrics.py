@@ -3,6 +3,8 @@ see."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
@@ -31,12 +33,15 @@ def ssim(a: np.ndarray, b: np.ndarray, *, borders: bool = False) -> float:
         else over those whose window lies inside the frame, of at least 11 x 11, as the authors and scikit-image do.
     """
     _check(a, b)
-    if borders:
-        margins = (0, 0), (0, 0), (WINDOW // 2,) * 2, (WINDOW // 2,) * 2, (0, 0)
-        a, b = (np.pad(clips, margins, mode="reflect") for clips in (a, b))
-    frames = zip(a.reshape(-1, *a.shape[2:]), b.reshape(-1, *b.shape[2:]), strict=True)
+    margin = WINDOW // 2 if borders else 0
+    frames = zip(*(_mirrored(clips.reshape(-1, *clips.shape[2:]), margin) for clips in (a, b)), strict=True)
     window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
     return float(np.mean([structural_similarity(x, y, data_range=1.0, channel_axis=-1, **window) for x, y in frames]))
+
+
+def _mirrored(frames: np.ndarray, margin: int) -> Iterator[np.ndarray]:
+    for frame in frames:
+        yield np.pad(frame, ((margin, margin), (margin, margin), (0, 0)), mode="reflect") if margin else frame
 
 
 def _check(a: np.ndarray, b: np.ndarray) -> None:

@@ -120,7 +120,7 @@ class Schedule:
             except (OSError, ValueError) as error:  # a path with a NUL, or text that is not UTF-8, is a ValueError
                 raise ScheduleError(f"{where} cannot be read: {error}") from error
         try:
-            document = json.loads(source, object_pairs_hook=_object)
+            document = json.loads(source, object_pairs_hook=once_each)
         except (ValueError, RecursionError) as error:
             raise ScheduleError(
                 f"{where} is not JSON: {error}; write one with Schedule.to_json to see the form"
@@ -160,7 +160,7 @@ def _without_defaults(step: Step) -> dict[str, Any]:
     return kept
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object, in which no key may stand twice: the first would be lost without a word."""
     found = dict(pairs)
     if len(found) < len(pairs):
