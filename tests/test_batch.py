@@ -462,6 +462,25 @@ def test_a_cluster_that_cannot_be_reached(address, words):
     assert time.monotonic() - start < 15
 
 
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("ray.exceptions.AuthenticationError: RPC error: InvalidAuthToken", "asks for a token.*RAY_AUTH_MODE=token"),
+        ("Traceback\n\nRpcError: gone\n", "RpcError: gone; start one"),
+        ("", "health check ends with 1"),
+    ],
+)
+def test_a_cluster_that_answers_with_an_error(monkeypatch, said, words):
+    monkeypatch.setattr(
+        pools.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, stdout="", stderr=said)
+    )
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        pytest.raises(BatchError, match=f"{server.getsockname()[1]}.*{words}"),
+    ):
+        pools.check_reachable(f"127.0.0.1:{server.getsockname()[1]}")
+
+
 # ---- on Ray ----------------------------------------------------------------------------------------------------------
 
 

@@ -219,11 +219,17 @@ def check_reachable(address: str) -> None:
         raise unreachable(address, error.strerror or str(error)) from None
     command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
     try:
-        done = subprocess.run(command, capture_output=True, timeout=LONGEST_CHECK)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST_CHECK)
     except subprocess.TimeoutExpired:
         raise unreachable(address, "something listens there that does not answer as Ray") from None
+    if "AuthenticationError" in done.stderr:
+        raise BatchError(
+            f"the cluster of Ray at {address} asks for a token, and this process has none that it takes; set "
+            "RAY_AUTH_MODE=token with the cluster's token, as Ray's page on token authentication says"
+        )
     if done.returncode:
-        raise unreachable(address, f"its health check ends with {done.returncode}")
+        said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        raise unreachable(address, said[-1] if said else f"its health check ends with {done.returncode}")
 
 
 def unreachable(address: str, reason: str) -> BatchError:
