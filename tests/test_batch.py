@@ -231,9 +231,10 @@ class Played:
 
     def start(self, setup, most):
         for worker in range(min(self.workers, most)):
-            self.load(worker)
+            self.restart(worker)
+        return min(self.workers, most)
 
-    def load(self, worker):
+    def restart(self, worker):
         what = self.loads.popleft() if self.loads else ABOUT
         self.events.append(Died(worker, "killed") if what == "dies" else Ready(worker, what))
 
@@ -248,10 +249,7 @@ class Played:
         )
 
     def next(self):
-        event = self.events.popleft()
-        if isinstance(event, Died):
-            self.load(event.worker)
-        return event
+        return self.events.popleft()
 
     def close(self):
         self.closed = True
@@ -305,7 +303,19 @@ def test_a_prompt_that_kills_every_worker_is_given_up(folder):
 def test_workers_that_die_while_loading(folder):
     assert len(played(folder, Played(loads=["dies", "dies"]))[0].made) == 6
     with pytest.raises(BatchError, match="3 workers in a row died while loading the pipeline: killed"):
-        played(folder, Played(loads=["dies"] * 3), overwrite=True)
+        played(folder, Played(loads=["dies"] * 6), overwrite=True)
+    # One that never comes up leaves the work to the other.
+    pool = Played(loads=[ABOUT, *["dies"] * 3])
+    result, said = played(folder, pool, overwrite=True)
+    assert len(result.made) == 6 and {worker for worker, _ in pool.given} == {0} and said.count("while loading") == 3
+
+
+def test_no_worker_is_started_that_has_nothing_to_do(folder):
+    deaths = iter(["dies"])
+    pool = Played(plot=lambda worker, job: next(deaths, "made") if worker == 1 else "made")
+    restarted = []
+    pool.restart = lambda worker: (restarted.append(worker), Played.restart(pool, worker))
+    assert len(played(folder, pool, LIST[:2])[0].made) == 2 and restarted == [0, 1]
 
 
 def test_a_worker_of_another_version(folder):

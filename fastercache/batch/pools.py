@@ -44,7 +44,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Died:
-    """A worker is gone, and another is being started under its number."""
+    """A worker is gone."""
 
     worker: int
     reason: str
@@ -61,8 +61,11 @@ class Pool(Protocol):
     def threads(self, asked: int | None) -> int | None:
         """Threads of each worker on the CPU; `None` leaves what torch has."""
 
-    def start(self, setup: Setup, most: int) -> None:
-        """Start the workers, at most so many."""
+    def start(self, setup: Setup, most: int) -> int:
+        """Start the workers, at most so many; how many there are."""
+
+    def restart(self, worker: int) -> None:
+        """Start another in place of one that has died."""
 
     def give(self, worker: int, job: Job, settings: Mapping[str, Any]) -> None:
         """Give a worker that is ready, or done, its next video."""
@@ -89,8 +92,12 @@ class InProcess:
             steady.choose_threads()
         return asked
 
-    def start(self, setup: Setup, most: int) -> None:
+    def start(self, setup: Setup, most: int) -> int:
         self.events.append(lambda: Ready(0, self.worker.load(setup)))
+        return 1
+
+    def restart(self, worker: int) -> None:
+        raise AssertionError("this process is the worker, and lives")
 
     def give(self, worker: int, job: Job, settings: Mapping[str, Any]) -> None:
         self.events.append(lambda: Done(0, self.worker.make(job, settings)))
@@ -160,7 +167,7 @@ class RayPool:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         return dict(logging_level="ERROR", log_to_driver=False)
 
-    def start(self, setup: Setup, most: int) -> None:
+    def start(self, setup: Setup, most: int) -> int:
         self.setup = setup
         cores = setup.threads or 1 if self.device == "cpu" else 1
         number = min(self.workers, most)
@@ -176,9 +183,10 @@ class RayPool:
         gpus = 1 if self.device == "cuda" else 0
         self.actor = self.ray.remote(Worker).options(num_cpus=cores, num_gpus=gpus, max_restarts=0)
         for worker in range(number):
-            self._start_one(worker)
+            self.restart(worker)
+        return number
 
-    def _start_one(self, worker: int) -> None:
+    def restart(self, worker: int) -> None:
         self.actors[worker] = self.actor.remote()
         self.waiting[self.actors[worker].load.remote(self.setup)] = worker, True
 
@@ -194,14 +202,13 @@ class RayPool:
             cause = error.cause if isinstance(getattr(error, "cause", None), Exception) else error
             if not isinstance(cause, WorkerError):
                 raise cause from None
-            return self._replaced(worker, cause)
+            return self._ended(worker, cause)
         except self.ray.exceptions.RayError as error:
-            return self._replaced(worker, error)
+            return self._ended(worker, error)
         return Ready(worker, found) if loading else Done(worker, found)
 
-    def _replaced(self, worker: int, error: Exception) -> Died:
+    def _ended(self, worker: int, error: Exception) -> Died:
         self.ray.kill(self.actors[worker])
-        self._start_one(worker)
         return Died(worker, sampling.first_line(error))
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from fastercache.batch.worker import Failed, Made, Setup
 from fastercache.host import environment
 
 TRIES = 3
-"""How many workers may die of one prompt, or in a row while they load."""
+"""How many workers may die of one prompt, or in a row under one number while they load."""
 SAME = ("fastercache", "torch", "diffusers", "transformers")
 """Packages whose versions must be the same in every worker."""
 
@@ -62,8 +62,8 @@ def run_batch(
         names = {job.name for job in wanted}
         result = Result(there=[job.name for job in jobs if job.name not in names])
         if wanted:
-            pool.start(setup, len(wanted))
-            _Batch(wanted, folder, pool, common, result, screen).run()
+            workers = pool.start(setup, len(wanted))
+            _Batch(wanted, folder, pool, workers, common, result, screen).run()
     return result
 
 
@@ -73,6 +73,7 @@ class _Batch:
         wanted: Sequence[Job],
         folder: Folder,
         pool: Pool,
+        workers: int,
         common: Mapping[str, Any],
         result: Result,
         screen: Console,
@@ -80,8 +81,9 @@ class _Batch:
         self.wanted, self.folder, self.pool, self.common = wanted, folder, pool, common
         self.result, self.screen = result, screen
         self.queue, self.busy, self.idle = deque(wanted), dict[int, Job](), list[int]()
+        self.loading = set(range(workers))
         self.deaths: dict[str, int] = {}
-        self.dead_while_loading = 0
+        self.dead_while_loading: dict[int, int] = {}
         self.begun: float | None = None
         self.said: set[str] = set()
 
@@ -114,7 +116,8 @@ class _Batch:
                     f"worker {event.worker} on {about['host']} has {package} {event.about['versions'][package]}, this "
                     f"machine {here[package]}; install the same version on all"
                 )
-        self.dead_while_loading = 0
+        self.dead_while_loading.pop(event.worker, None)
+        self.loading.discard(event.worker)
         self.idle.append(event.worker)
         threads = f", {about['threads']} thread{'s' * (about['threads'] > 1)}" if about["device"] == "cpu" else ""
         self._say(
@@ -153,26 +156,34 @@ class _Batch:
         self._pace()
 
     def _died(self, event: Died) -> None:
+        """Its job goes to the front of the queue, unless it has killed too many; another worker is started where there
+        is work for it, unless too many died in a row before they were ready."""
         job = self.busy.pop(event.worker, None)
         if job is None:
-            self.dead_while_loading += 1
-            if self.dead_while_loading >= TRIES:
-                raise BatchError(
-                    f"{TRIES} workers in a row died while loading the pipeline: {event.reason}; if memory is short, "
-                    "give fewer --workers"
+            self.loading.discard(event.worker)
+            deaths = self.dead_while_loading[event.worker] = self.dead_while_loading.get(event.worker, 0) + 1
+            self._say(f"worker {event.worker} died while loading: {event.reason}", "yellow")
+            if deaths >= TRIES:
+                if not (self.idle or self.busy or self.loading):
+                    raise BatchError(
+                        f"{TRIES} workers in a row died while loading the pipeline: {event.reason}; if memory is "
+                        "short, give fewer --workers"
+                    )
+                return
+        else:
+            deaths = self.deaths[job.name] = self.deaths.get(job.name, 0) + 1
+            if deaths >= TRIES:
+                self._failed(job, f"{deaths} workers died of it: {event.reason}")
+            else:
+                self.queue.appendleft(job)
+                self._say(
+                    f"worker {event.worker} died at line {job.line} ({job.name}), which the next free one makes: "
+                    f"{event.reason}",
+                    "yellow",
                 )
-            self._say(f"worker {event.worker} died while loading, and is started again: {event.reason}", "yellow")
-            return
-        deaths = self.deaths[job.name] = self.deaths.get(job.name, 0) + 1
-        if deaths >= TRIES:
-            self._failed(job, f"{deaths} workers died of it: {event.reason}")
-            return
-        self.queue.appendleft(job)
-        self._say(
-            f"worker {event.worker} died at line {job.line} ({job.name}), which the next free one makes: "
-            f"{event.reason}",
-            "yellow",
-        )
+        if len(self.queue) > len(self.idle) + len(self.loading):
+            self.loading.add(event.worker)
+            self.pool.restart(event.worker)
 
     def _pace(self) -> str:
         """Videos done, their rate, and the time left, for a line and the bar."""
