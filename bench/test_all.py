@@ -16,7 +16,7 @@ from pathlib import Path
 
 from bench import report
 
-LONG = {"FASTERCACHE_MISUSE_EXAMPLES": "300", "FASTERCACHE_ALL_TARGETS": "1"}
+LONG = {"FASTERCACHE_MISUSE_EXAMPLES": "300", "FASTERCACHE_ALL_TARGETS": "1", "FASTERCACHE_LONG": "1"}
 """What makes the tests longer than `make test` has them."""
 
 

@@ -1,11 +1,9 @@
-"""The command `fastercache`: demo, sample, calibrate, inspect, info."""
+"""The command `fastercache`: demo, sample, batch, calibrate, evaluate, inspect, info."""
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
-import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,17 +15,19 @@ import torch
 import typer
 from rich import box
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
 import fastercache
 from fastercache import demo as demonstration
-from fastercache import ops, shapes
+from fastercache import ops, sampling
 from fastercache.cache import formats
 from fastercache.errors import FasterCacheError, FasterCacheWarning
 from fastercache.host import carried, environment, steady
 from fastercache.report import charts
 from fastercache.report.published import SYSTEMS, System
+from fastercache.sampling import first_line
 from fastercache.schedule import policies
 from fastercache.schedule.plan import make_plan
 from fastercache.schedule.policies import Policy
@@ -63,6 +63,8 @@ class Dtype(str, Enum):
         return getattr(torch, self.value)
 
 
+EXTRAS = {"torchmetrics": "metrics", "torchvision": "metrics"}
+"""The extra that brings a package; the others come with `demo`."""
 MOST_STEPS, MOST_SEED = 10_000, 2**63 - 1
 
 
@@ -121,6 +123,7 @@ StepsOption = Annotated[
     typer.Option("--steps", min=1, max=MOST_STEPS, help="Denoising steps; default: those of the schedule file, or 50."),
 ]
 SeedOption = Annotated[int, typer.Option(help="Seed of the noise.", callback=_seed)]
+JsonOption = Annotated[bool, typer.Option("--json", help="The same as JSON, and nothing else on the standard output.")]
 GuidanceOption = Annotated[
     float | None,
     typer.Option(
@@ -129,17 +132,37 @@ GuidanceOption = Annotated[
     ),
 ]
 HeightOption = Annotated[int | None, typer.Option(min=1, help="Pixels; default: what the pipeline was made for.")]
-WidthOption = Annotated[int | None, typer.Option(min=1, help="Pixels; default: what the pipeline was made for.")]
+WidthOption = HeightOption
 FramesOption = Annotated[
     int | None, typer.Option(min=1, help="Length of the video; default: what the pipeline was made for.")
 ]
 DeviceOption = Annotated[Device, typer.Option()]
 DtypeOption = Annotated[Dtype, typer.Option(help="auto: bfloat16 on a GPU, float32 on the CPU.")]
+CacheFormatOption = Annotated[
+    str | None,
+    typer.Option(
+        help=(
+            f"How caches are stored: {', '.join(formats.known())}; default: the best that "
+            "fits --max-cache-gb, lossless without it."
+        ),
+        callback=_known_format,
+    ),
+]
+MaxCacheOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Most gigabytes (1e9 bytes) the caches may take.",
+        callback=_number("max-cache-gb", "give a number of gigabytes, or leave the option out for no limit", least=0),
+    ),
+]
+AttentionOption = Annotated[
+    str | None,
+    typer.Option(help="diffusers' attention backend, such as flash, or auto: times the exact ones that are installed."),
+]
 DownloadOption = Annotated[bool, typer.Option("--download", help="Let diffusers fetch what is not on this machine.")]
 PipelineArgument = Annotated[
     str, typer.Argument(help="A diffusers pipeline directory, a name on the hub, or 'shapes', the embedded one.")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="The same as JSON, and nothing else on the standard output.")]
 
 
 @app.callback()
@@ -176,11 +199,12 @@ def _failures() -> Iterator[None]:
     except ImportError as error:
         if (error.name or "").startswith("fastercache"):
             raise
-        missing = f"{error.name.split('.')[0]} is not installed" if error.name else str(error).strip().splitlines()[0]
-        _fail(f'{missing}: pip install "fastercache[demo]"')
+        package = (error.name or "").split(".")[0]
+        missing = f"{package} is not installed" if package else str(error).strip().splitlines()[0]
+        _fail(f'{missing}: pip install "fastercache[{EXTRAS.get(package, "demo")}]"')
     except torch.OutOfMemoryError as error:
         _fail(
-            f"out of memory: {_first_line(error)}; try --cache-format int8-int4, fewer --frames, or a smaller --height "
+            f"out of memory: {first_line(error)}; try --cache-format int8-int4, fewer --frames, or a smaller --height "
             "and --width"
         )
     except (FasterCacheError, OSError) as error:
@@ -188,10 +212,6 @@ def _failures() -> Iterator[None]:
     except KeyboardInterrupt:
         problems.print("interrupted; nothing was written")
         raise typer.Exit(130) from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _steady(screen: Console) -> None:
@@ -240,31 +260,9 @@ def sample(
     frames: FramesOption = None,
     device: DeviceOption = Device.auto,
     dtype: DtypeOption = Dtype.auto,
-    cache_format: Annotated[
-        str | None,
-        typer.Option(
-            help=(
-                f"How caches are stored: {', '.join(formats.known())}; default: the best that "
-                "fits --max-cache-gb, lossless without it."
-            ),
-            callback=_known_format,
-        ),
-    ] = None,
-    max_cache_gb: Annotated[
-        float | None,
-        typer.Option(
-            help="Most gigabytes (1e9 bytes) the caches may take.",
-            callback=_number(
-                "max-cache-gb", "give a number of gigabytes, or leave the option out for no limit", least=0
-            ),
-        ),
-    ] = None,
-    attention_backend: Annotated[
-        str | None,
-        typer.Option(
-            help="diffusers' attention backend, such as flash, or auto: times the exact ones that are installed."
-        ),
-    ] = None,
+    cache_format: CacheFormatOption = None,
+    max_cache_gb: MaxCacheOption = None,
+    attention_backend: AttentionOption = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Also sample uncached, and show both side by side.")
     ] = False,
@@ -278,15 +276,14 @@ def sample(
     named = None if schedule is None else carried.resolve(schedule, download=download)
     if pipeline == "shapes":
         demonstration.check_prompt(prompt)
-    place = _place(device)
+    place = sampling.device_here(device.value)
     media.check_suffix(out)
-    _check_source(pipeline, download)
+    sampling.check_source(pipeline, download)
     media.check_writable(out)
     pipe = _loaded(pipeline, place, dtype, download, screen)
     plan = named or carried.resolve(None, pipe)
-    call = inspect.signature(pipe.__call__).parameters
-    arguments = _arguments(pipe, call, height=height, width=width, frames=frames, guidance_scale=guidance)
-    steps = _steps(plan, steps, _default(call, "num_inference_steps") or 50)
+    arguments = sampling.arguments(pipe, height=height, width=width, frames=frames, guidance_scale=guidance)
+    steps = _steps(plan, steps, sampling.default(pipe, "num_inference_steps") or sampling.STEPS)
     fastercache.compile(
         pipe,
         plan,
@@ -334,19 +331,12 @@ def sample(
     console.print(f"\n{text}\nwrote {out}", markup=False, soft_wrap=True)
 
 
-def _place(device: Device) -> str:
-    """Where to run: what was asked for, if torch has it."""
-    if device is Device.cuda and not torch.cuda.is_available():
-        _fail("--device cuda: torch sees no GPU; leave the option out to run on the CPU")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device is Device.auto else device.value
-
-
 def _loaded(pipeline: str, place: str, dtype: Dtype, download: bool, screen: Console) -> Any:
     """The pipeline on its device; on a CPU, allocator and threads are settled first."""
     if place == "cpu":
         _steady(screen)
     with screen.status(f"loading {pipeline}"):
-        return _load(pipeline, dtype.on(place), download).to(place)
+        return sampling.load(pipeline, dtype.on(place), download).to(place)
 
 
 class Effort(str, Enum):
@@ -431,13 +421,12 @@ def calibrate(
     if pipeline == "shapes":
         for prompt in texts:
             demonstration.check_prompt(prompt)
-    place = _place(device)
-    _check_source(pipeline, download)
+    place = sampling.device_here(device.value)
+    sampling.check_source(pipeline, download)
     for name in (calibration.REPORT, *(f"examples{suffix}" for suffix in demonstration.FILM)):
         media.check_writable(out / name)
     pipe = _loaded(pipeline, place, dtype, download, console)
-    call = inspect.signature(pipe.__call__).parameters
-    arguments = _arguments(pipe, call, height=height, width=width, frames=frames, guidance_scale=guidance)
+    arguments = sampling.arguments(pipe, height=height, width=width, frames=frames, guidance_scale=guidance)
     with _refusals(pipe, {"steps": steps} | arguments):
         try:
             found = fastercache.calibrate(
@@ -504,75 +493,193 @@ def _refusals(pipe: Any, asked: dict[str, Any]) -> Iterator[None]:
             trace = trace.tb_next
         if trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("fastercache"):
             raise
-        given = ", ".join(f"{_option_of(name)} {value}" for name, value in asked.items())
-        _fail(f"{type(pipe).__name__} cannot be run with {given}: {_first_line(error)}")
+        given = ", ".join(f"{sampling.option_of(name)} {value}" for name, value in asked.items())
+        _fail(f"{type(pipe).__name__} cannot be run with {given}: {first_line(error)}")
 
 
-def _is_directory(pipeline: str) -> bool:
-    return (Path(pipeline) / "model_index.json").is_file()
+class Names(str, Enum):
+    line = "line"
+    vbench = "vbench"
 
 
-def _check_source(pipeline: str, download: bool) -> None:
-    """One line, before anything is loaded, for what cannot be a pipeline."""
-    if pipeline == "shapes" or download or _is_directory(pipeline):
-        return
-    if Path(pipeline).exists() or not re.fullmatch(carried.HUB_NAME, pipeline):
-        _fail(
-            f"{pipeline!r} is not a pipeline directory (no model_index.json in it); give one that save_pretrained "
-            "wrote, or 'shapes'"
-        )
+@app.command()
+@_one_line_errors()
+def batch(
+    pipeline: PipelineArgument,
+    prompts: Annotated[
+        Path,
+        typer.Argument(
+            help='A JSON object a line: "prompt", and if you like "name", "seed" and arguments of the pipeline\'s call.'
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the videos, each with a JSON beside it.")],
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes on Ray, a GPU or a share of the cores each; default: one for each GPU."),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="A cluster of Ray that runs: host:port, or auto for this machine's."),
+    ] = None,
+    schedule: ScheduleOption = None,
+    steps: StepsOption = None,
+    guidance: GuidanceOption = None,
+    seed: SeedOption = 0,
+    height: HeightOption = None,
+    width: WidthOption = None,
+    frames: FramesOption = None,
+    device: DeviceOption = Device.auto,
+    dtype: DtypeOption = Dtype.auto,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of each worker on the CPU; default: its share of the cores.")
+    ] = None,
+    cache_format: CacheFormatOption = None,
+    max_cache_gb: MaxCacheOption = None,
+    attention_backend: AttentionOption = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(help="Compile the phases, once in each worker: torch.compile's backend, as inductor."),
+    ] = None,
+    regional: Annotated[
+        bool, typer.Option("--regional", help="Compile the repeated block instead of the whole model.")
+    ] = False,
+    names: Annotated[
+        Names, typer.Option(help="Of lines without one: the line's number, or prompt-index as VBench reads them.")
+    ] = Names.line,
+    suffix: Annotated[str, typer.Option(help="Of the videos, as `sample --out` may end.")] = ".mp4",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Make the videos that are there again.")] = False,
+    download: DownloadOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Sample a list of prompts, on one process or many; run it again to go on where it ended.
 
+    Ends with 1 if a prompt failed.
+    """
+    from fastercache.batch import jobs as lists
+    from fastercache.batch import pools, run
+    from fastercache.batch.worker import Setup
+    from fastercache.report import media
 
-def _load(pipeline: str, dtype: torch.dtype, download: bool) -> Any:
-    if pipeline == "shapes":
-        return shapes.load(dtype=dtype)
+    screen = problems if as_json else console
+    plan = None if schedule is None else carried.resolve(schedule, download=download)
+    if steps is not None and isinstance(plan, Schedule) and steps != len(plan):
+        _fail(f"{schedule} has {len(plan)} steps, not {steps}; leave out --steps, or name a policy")
+
+    def check(job: lists.Job) -> None:
+        asked = job.arguments.get("num_inference_steps")
+        if asked is not None and isinstance(plan, Schedule) and asked != len(plan):
+            raise lists.BatchError(f"num_inference_steps is {asked}, but {schedule} has {len(plan)} steps")
+        if pipeline == "shapes":
+            demonstration.check_prompt(job.prompt)
+
+    asked = {
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "height": height,
+        "width": width,
+        "frames": frames,
+    }
+    found = lists.read_jobs(
+        prompts,
+        names=names.value,
+        seed=seed,
+        arguments={name: value for name, value in asked.items() if value is not None},
+        check=check,
+    )
+    folder = lists.Folder(out, suffix)
+    media.check_suffix(folder.video(found[0]))
+    sampling.check_source(pipeline, download)
+    pool: pools.Pool
+    if workers is None and ray is None and (device is Device.cpu or torch.cuda.device_count() < 2):
+        pool = pools.InProcess(device.value)
+    else:
+        pool = pools.RayPool(workers, ray, device.value)
+    options = {
+        "cache_format": cache_format,
+        "max_cache_bytes": None if max_cache_gb is None else int(max_cache_gb * 1e9),
+        "attention_backend": attention_backend,
+        "backend": backend,
+        "regional": regional,
+    }
+    precision = dtype.on(pool.device)
+    common = {
+        "pipeline": str(Path(pipeline).resolve()) if sampling.is_directory(pipeline) else pipeline,
+        "schedule": json.loads(plan.to_json()) if isinstance(plan, Schedule) else schedule,
+        "dtype": str(precision).removeprefix("torch."),
+        "suffix": suffix,
+        **options,
+    }
+    setup = Setup(pipeline, plan, pool.device, precision, pool.threads(threads), suffix, download, options)
     try:
-        return shapes.load_pipeline(pipeline, dtype, download=download)
-    except ImportError:
-        raise
-    except (
-        Exception
-    ) as error:  # whatever diffusers, transformers and safetensors raise on a directory that is incomplete or broken
-        if _is_directory(pipeline):
-            _fail(f"{pipeline} cannot be loaded: {_first_line(error)}; save it again with save_pretrained")
-        if not download:
-            _fail(
-                f"{pipeline} is no directory and not on this machine; if it is a name on the Hugging Face hub, add "
-                "--download"
+        result = run.run_batch(found, folder, setup, pool, common, overwrite=overwrite, screen=screen)
+    except KeyboardInterrupt:
+        problems.print(f"interrupted; what is in {out} is whole, and the same command goes on", soft_wrap=True)
+        raise typer.Exit(130) from None
+    if as_json:
+        typer.echo(json.dumps({"out": str(out), **vars(result)}, indent=1))
+    else:
+        console.print(
+            f"{len(result.made)} made, {len(result.there)} were there, {len(result.failed)} failed, of {len(found)} in "
+            f"{out}",
+            markup=False,
+            soft_wrap=True,
+        )
+    if result.failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+@_one_line_errors()
+def evaluate(
+    reference: Annotated[Path, typer.Argument(help="Folder of videos, such as uncached ones.")],
+    output: Annotated[Path, typer.Argument(help="Folder of videos by the same names.")],
+    metrics: Annotated[str, typer.Option(help="psnr, ssim, lpips and vbench, with commas.")] = "psnr,ssim",
+    dimensions: Annotated[
+        str | None, typer.Option(help="VBench's, with commas; default: all that serve any video.")
+    ] = None,
+    device: DeviceOption = Device.auto,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare two folders of videos by the same names. Downloads nothing."""
+    from fastercache.report import evaluation, vbench
+
+    names = evaluation.parse_metrics(metrics)
+    chosen = vbench.DIMENSIONS if dimensions is None else [one.strip() for one in dimensions.split(",")]
+    screen = problems if as_json else console
+    with Progress(console=screen, transient=True) as bar:
+        task = bar.add_task("videos", total=None)
+        found = evaluation.evaluate(
+            reference,
+            output,
+            names,
+            dimensions=chosen,
+            device=sampling.device_here(device.value),
+            on_pair=lambda done, of: bar.update(task, completed=done, total=of),
+        )
+    for place in ("reference", "output"):
+        if lonely := found[f"only_in_{place}"]:
+            problems.print(
+                f"only in the {place}, and left out: {', '.join(lonely)}", style="yellow", markup=False, soft_wrap=True
             )
-        _fail(f"{pipeline} cannot be downloaded: {_first_line(error)}; check the name and the network")
-
-
-def _default(call: Any, name: str) -> Any:
-    """The default of an argument of a pipeline's call; None where there is none."""
-    return None if name not in call or call[name].default is inspect.Parameter.empty else call[name].default
-
-
-def _option_of(argument: str) -> str:
-    """The option that stands for an argument of a pipeline's call."""
-    return {"num_frames": "frames", "video_length": "frames", "guidance_scale": "guidance"}.get(argument, argument)
-
-
-def _arguments(pipe: Any, call: Any, *, frames: int | None, **asked: Any) -> dict[str, Any]:
-    """Keyword arguments of a pipeline's call: whatever was asked for, by the pipeline's own names, then what its
-    weights were made for."""
-    frames_name = next((name for name in ("num_frames", "video_length") if name in call), "frames")
-    asked = {frames_name: frames} | asked
-    asked = {name: value for name, value in asked.items() if value is not None}
-    for name in asked:
-        if name not in call:
-            _fail(f"{type(pipe).__name__} has no argument for --{_option_of(name)}; leave it out")
-    return _made_for(pipe, call) | asked
-
-
-def _made_for(pipe: Any, call: Any) -> dict[str, Any]:
-    """LattePipeline's own defaults are those of one checkpoint, 16 frames of 512 x 512; the model's configuration has
-    those of any."""
-    config = getattr(getattr(pipe, "transformer", None), "config", {})
-    if "video_length" not in call or not isinstance(config.get("sample_size"), int) or not config.get("video_length"):
-        return {}
-    side = config["sample_size"] * pipe.vae_scale_factor
-    return {"video_length": config["video_length"], "height": side, "width": side}
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in (f"{len(found['pairs'])} videos", "mean", "least", "most"):
+        table.add_column(heading, no_wrap=True, justify="left" if "videos" in heading else "right")
+    for name, row in found["summary"].items():
+        digits = 2 if name == "psnr" else 4
+        cells = ("inf" if value is None else f"{value:.{digits}f}" for value in row.values())
+        table.add_row("psnr (dB)" if name == "psnr" else name, *cells)
+    if found["summary"]:
+        _print_table(table)
+    if "vbench" in found:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for heading in ("vbench", "reference", "output"):
+            table.add_column(heading, no_wrap=True, justify="left" if heading == "vbench" else "right")
+        for dimension in chosen:
+            table.add_row(dimension, *(f"{found['vbench'][place][dimension]:.4f}" for place in ("reference", "output")))
+        _print_table(table)
 
 
 @app.command("inspect", epilog=NAMES)

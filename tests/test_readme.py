@@ -7,6 +7,7 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 from diffusers import DiffusionPipeline
 from models import cogvideox
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 import fastercache
 from fastercache import Schedule, Step, cli, demo, policies, shapes
+from fastercache.report import media
 from fastercache.shapes.text_to_video import ShapesPipeline
 
 ROOT = Path(__file__).parent.parent
@@ -84,9 +86,13 @@ def test_command(monkeypatch, tmp_path, words):
     words = [stand_ins.get(word, word) for word in words]
     if words[0] == "calibrate":  # the calibration itself takes minutes; tests of its own are elsewhere
         schedule = Schedule((Step(), Step("none")), "calibrated")
-        monkeypatch.setattr(fastercache, "calibrate", lambda *_, **__: schedule, raising=False)
+        monkeypatch.setattr(fastercache, "calibrate", lambda *_, **__: schedule)
         monkeypatch.setattr(demo, "FILM", (".png",))  # a video takes seconds
-    if words[0] in ("demo", "sample", "calibrate"):
+    Path("prompts.jsonl").write_text('{"prompt": "a red circle moving right"}\n')
+    for folder in ("REFERENCE", "OUTPUT") if words[0] == "evaluate" else ():
+        (tmp_path / folder).mkdir()
+        media.save(tmp_path / folder / "a video.mp4", np.zeros((2, 16, 16, 3), np.uint8))
+    if words[0] in ("demo", "sample", "calibrate", "batch"):
         words += ["--steps", "2"]
     if words[0] == "demo":
         words += ["--prompt", "a red circle moving right"]
@@ -107,9 +113,5 @@ def test_the_chart_is_that_of_the_schedule():
 
 def test_nothing_was_left_out():
     assert len(BLOCKS) == 5 and [words[0] for words in COMMANDS] == [
-        "demo",
-        "sample",
-        "calibrate",
-        "inspect",
-        "info",
+        *("demo", "sample", "calibrate", "batch", "evaluate", "inspect", "info")
     ]

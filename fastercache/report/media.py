@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +78,21 @@ def check_writable(path: Path) -> None:
         raise OutputError(f"cannot write {path}: {error.strerror or error}; give another place") from error
 
 
+def read(path: Path) -> np.ndarray:
+    """All frames of a video that `save` may have written, `[frames, H, W, 3]` uint8. `OutputError` if it cannot be
+    read."""
+    try:
+        if path.suffix.lower() in H264:
+            return iio.imread(path, plugin="pyav")
+        frames = iio.imread(path, mode="RGB")
+        return frames if frames.ndim == 4 else frames[None]
+    except ImportError:
+        raise
+    except Exception as error:  # whatever PyAV and Pillow raise on a file that is cut off or is something else
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise OutputError(f"{path} cannot be read as a video: {reason}") from error
+
+
 def save(path: Path, frames: np.ndarray, loops: int = 1) -> None:
     """Write frames `[frames, H, W, 3]` uint8: `.png` is the middle one, `.gif` repeats for ever, the others are H.264
     at 8 Hz.
@@ -91,9 +108,20 @@ def save(path: Path, frames: np.ndarray, loops: int = 1) -> None:
     else:
         height, width = frames.shape[1:3]
         even = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-        iio.imwrite(
-            path, np.tile(even, (loops, 1, 1, 1)), plugin="pyav", codec="h264", fps=FPS, out_pixel_format="yuv420p"
-        )
+        frames = np.tile(even, (loops, 1, 1, 1))
+        with _nothing_to_collect():
+            iio.imwrite(path, frames, plugin="pyav", codec="h264", fps=FPS, out_pixel_format="yuv420p")
+
+
+@contextmanager
+def _nothing_to_collect() -> Iterator[None]:
+    """imageio collects the garbage of the whole process twice for each file: 1.2 s of 1.2 s beside a pipeline. Here it
+    finds what came after this only."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def comparison(takes: Sequence[Take], charts: Mapping[str, str], title: str, headline: str) -> np.ndarray:

@@ -3,8 +3,13 @@ see."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+WINDOW = 11
+"""Pixels of a side of SSIM's window."""
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -18,16 +23,25 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
         return float(np.mean([peak_signal_noise_ratio(x, y, data_range=1.0) for x, y in zip(a, b, strict=True)]))
 
 
-def ssim(a: np.ndarray, b: np.ndarray) -> float:
+def ssim(a: np.ndarray, b: np.ndarray, *, borders: bool = False) -> float:
     """Structural similarity of videos `[n, frames, H, W, 3]` in [0, 1]: 1 for equal videos.
 
-    As Wang et al. (2004) define it (Gaussian window, sigma 1.5, population covariance), the mean over the three
-    channels of each frame, then over all frames of all clips.
+    As Wang et al. (2004) define it (Gaussian window of 11 x 11, sigma 1.5, population covariance), the mean over the
+    three channels of each frame, then over all frames of all clips.
+
+    borders: take the mean over all pixels of frames of at least 6 x 6, mirrored at their edges, as torchmetrics does;
+        else over those whose window lies inside the frame, of at least 11 x 11, as the authors and scikit-image do.
     """
     _check(a, b)
-    frames = zip(a.reshape(-1, *a.shape[2:]), b.reshape(-1, *b.shape[2:]), strict=True)
+    margin = WINDOW // 2 if borders else 0
+    frames = zip(*(_mirrored(clips.reshape(-1, *clips.shape[2:]), margin) for clips in (a, b)), strict=True)
     window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
     return float(np.mean([structural_similarity(x, y, data_range=1.0, channel_axis=-1, **window) for x, y in frames]))
+
+
+def _mirrored(frames: np.ndarray, margin: int) -> Iterator[np.ndarray]:
+    for frame in frames:
+        yield np.pad(frame, ((margin, margin), (margin, margin), (0, 0)), mode="reflect") if margin else frame
 
 
 def _check(a: np.ndarray, b: np.ndarray) -> None:
