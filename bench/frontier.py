@@ -98,10 +98,11 @@ def policy_arms(
 
 
 def calibrated_arms(pipeline: str, steps: int, folder: Path) -> tuple[list[Arm], list[str]]:
-    """The schedules of a folder that have so many steps, at most `MOST_CALIBRATED`; and what was left out, and why."""
+    """The schedules of a folder that have so many steps, at most `MOST_CALIBRATED`; and what was left out, and why. An
+    index beside them is none."""
     arms: list[Arm] = []
     left_out = []
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(path for path in folder.glob("*.json") if path.name != "index.json"):
         try:
             schedule = Schedule.from_json(path)
         except FasterCacheError as error:
@@ -252,6 +253,8 @@ def fails(setting: str, pipeline: str, steps: int, found: frontier_settings.Foun
             return peers.described_error(error)
         return None
 
+    if setting in found.values:  # it ran when its threshold was looked for
+        return False
     return found.get(f"error under {setting}", attempt) is not None
 
 
