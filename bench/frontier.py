@@ -381,8 +381,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         *policy_arms(args.pipeline, args.steps, found, args.calibration_clips, args.arms),
         *peer_arms(args.pipeline, args.steps, found, args.calibration_clips, args.arms),
     ]
-    assert len(arms) <= MOST_ARMS, f"{len(arms)} arms"
     arms = chosen_arms(arms, args.arms)
+    if len(arms) > MOST_ARMS:
+        raise SystemExit(f"{len(arms)} arms, and at most {MOST_ARMS} are wanted; --arms names those to run")
     print(f"{len(arms)} arms: {'; '.join(arm.name for arm in arms)}", flush=True)
 
     pairs = shapes.held_out(args.pairs, args.pipeline)
@@ -416,9 +417,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "per_pair": {name: {"psnr_db": one["psnr_db"].tolist()} for name, one in measured.items()},
     }
     plot = args.out.with_suffix(".svg")
-    body = frontier_report.body(
-        data, shapes.described(args.steps, args.pairs, n, args.pipeline), plot.name, CONVERGED * args.steps
-    )
+    described = shapes.described(args.steps, args.pairs, n, args.pipeline)
+    if args.arms:
+        described += f" A part of the arms: those whose names contain {' or '.join(map(repr, args.arms))}."
+    body = frontier_report.body(data, described, plot.name, CONVERGED * args.steps)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     frontier_report.plot(rows, f'"{args.pipeline}", {args.steps} steps', plot)
     command = "python -m bench.frontier" + ("" if args.pipeline == "shapes" else f" --pipeline {args.pipeline}")

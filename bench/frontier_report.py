@@ -256,7 +256,8 @@ def body(data: Mapping[str, Any], described: str, plot_name: str, converged: int
         "## At equal speed-up",
         "PSNR of each method at a measured speed-up of the denoiser, between its two settings on either side of it, in "
         "the logarithm of the speed-up and pair by pair. Of a method whose slowest setting is faster it is that one's; "
-        "a method that does not reach the speed-up is not compared. `lead`: of the calibrated schedules, mean over pairs with a 95 % t interval.",
+        "a method that does not reach the speed-up is not compared. `lead`: of the calibrated "
+        "schedules, mean over pairs with a 95 % t interval.",
         report.table(
             ("speed-up", "method", "its settings measure", "PSNR (dB)", "lead (dB)", "95 %"),
             [_compared(one) for one in data["comparison"]],
