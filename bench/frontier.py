@@ -409,6 +409,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "converged_steps": CONVERGED * args.steps,
             "found": frontier_settings.reported(found),
             "schedules_left_out": left_out,
+            "peers": {name: environment.version(name) for name in ("diffusers", peers.CACHE_DIT)},
         },
         "rows": rows,
         "comparison": comparison,

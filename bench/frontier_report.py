@@ -192,6 +192,7 @@ def shown(value: float | None, spec: str) -> str:
 def body(data: Mapping[str, Any], described: str, plot_name: str, converged: int) -> list[str]:
     """The paragraphs and tables of the Markdown."""
     found, settings = data["rows"], data["settings"]
+    shipped = " and ".join(f"{name} {version or '(not installed)'}" for name, version in settings["peers"].items())
     ran = [row for row in found if "error" not in row]
     reason = lpips()[1]
     parts = [
@@ -201,7 +202,7 @@ def body(data: Mapping[str, Any], described: str, plot_name: str, converged: int
         f"that show what the prompt says. `converged`: PSNR against an uncached run of {converged} steps, "
         f"which is fair to fewer steps, too. Speed-ups are medians of {settings['timed_pairs']} rounds in which every "
         f"arm makes one clip, of the denoiser and of the whole clip, in eager mode on {settings['threads']} threads. "
-        "FLOPs ratio of the denoiser, counted of peers in a run of them. " + reason,
+        f"FLOPs ratio of the denoiser, counted of peers in a run of them. Peers are {shipped} as they ship. {reason}",
         report.table(
             (
                 "arm",
