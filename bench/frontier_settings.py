@@ -50,7 +50,8 @@ class Found:
     def get(self, name: str, make: Callable[[], Any]) -> Any:
         """The value of that name: the one in the file, or else made now and kept."""
         if name not in self.values:
-            print(f"finding {name} on calibration prompts", flush=True)
+            shown = json.dumps(_without_ratios(name)) if name.startswith("{") else name
+            print(f"finding {shown} on calibration prompts", flush=True)
             self.values[name] = make()
             self.path.parent.mkdir(parents=True, exist_ok=True)
             report.write_whole(self.path, (report.pretty(self.values) + "\n").encode())
@@ -66,6 +67,11 @@ def found_for(pipeline: str, steps: int, clips: int, work: Path) -> Found:
     return Found(work / f"settings-{name}.json")
 
 
+def _without_ratios(text: str) -> dict[str, Any]:
+    """A setting without MagCache's ratios, which have a place of their own."""
+    return {key: value for key, value in json.loads(text).items() if key != "mag_ratios"}
+
+
 def reported(found: Found) -> dict[str, Any]:
     """What was found, for the results: lists with four digits, the trials of thresholds, and no distances."""
 
@@ -75,8 +81,7 @@ def reported(found: Found) -> dict[str, Any]:
     result: dict[str, Any] = {"trials": []}
     for name, value in found.values.items():
         if name.startswith("{"):
-            setting = {key: one for key, one in json.loads(name).items() if key != "mag_ratios"}
-            result["trials"].append(setting | {"flops_ratio": value})
+            result["trials"].append(_without_ratios(name) | {"flops_ratio": value})
         elif name == "changes":
             result |= {key: short(value[key]) for key in ("ratios", "changes")}
         else:
