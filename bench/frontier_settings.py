@@ -34,6 +34,8 @@ CLIPS = 2
 """Calibration clips that a measurement or a trial is made of."""
 TRIALS = 6
 """Thresholds tried for one arm."""
+NEAR = 1.03
+"""A ratio of operations within this factor of the one wanted ends the search."""
 THRESHOLDS = (0.003, 3.0)
 """The least and the greatest threshold tried."""
 DEGREE = 4
@@ -62,7 +64,7 @@ def found_for(pipeline: str, steps: int, clips: int, work: Path) -> Found:
     """What was found so far for runs of that many steps, on that many clips, with these weights and versions."""
     uncached = shapes.Variant("", pipeline=pipeline)
     facts = [shapes.identity(uncached, steps), shapes.identity(shapes.Variant("", peer=_DBCACHE), steps)["versions"]]
-    rules = [clips, TRIALS, THRESHOLDS, DEGREE, [vars(pair) for pair in shapes.calibration(clips, pipeline)]]
+    rules = [clips, TRIALS, NEAR, THRESHOLDS, DEGREE, [vars(pair) for pair in shapes.calibration(clips, pipeline)]]
     name = hashlib.sha256(json.dumps([facts, rules], sort_keys=True).encode()).hexdigest()[:16]
     return Found(work / f"settings-{name}.json")
 
@@ -237,7 +239,8 @@ def flops_ratio(setting: str, pipeline: str, steps: int, clips: int) -> float:
 def threshold_for(
     found: Found, setting: Callable[[float], str], ratio: float, pipeline: str, steps: int, clips: int
 ) -> float:
-    """The threshold of those tried by halving at which the ratio of operations is nearest to the one wanted."""
+    """The threshold of those tried by halving at which the ratio of operations is nearest to the one wanted; the first
+    that is within `NEAR` ends the search."""
     low, high = (math.log(value) for value in THRESHOLDS)
     tried: dict[float, float] = {}
     for _ in range(TRIALS):
@@ -245,6 +248,8 @@ def threshold_for(
         value = float(f"{math.exp(middle):.3g}")
         text = setting(value)
         tried[value] = found.get(text, lambda text=text: flops_ratio(text, pipeline, steps, clips))
+        if 1 / NEAR < tried[value] / ratio < NEAR:
+            break
         low, high = (middle, high) if tried[value] < ratio else (low, middle)
     return min(tried, key=lambda value: abs(math.log(tried[value] / ratio)))
 
