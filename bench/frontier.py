@@ -98,10 +98,11 @@ def policy_arms(
 
 
 def calibrated_arms(pipeline: str, steps: int, folder: Path) -> tuple[list[Arm], list[str]]:
-    """The schedules of a folder that have so many steps, at most `MOST_CALIBRATED`; and what was left out, and why."""
+    """The schedules of a folder that have so many steps, at most `MOST_CALIBRATED`; and what was left out, and why. An
+    index beside them is none."""
     arms: list[Arm] = []
     left_out = []
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(path for path in folder.glob("*.json") if path.name != "index.json"):
         try:
             schedule = Schedule.from_json(path)
         except FasterCacheError as error:
@@ -252,6 +253,8 @@ def fails(setting: str, pipeline: str, steps: int, found: frontier_settings.Foun
             return peers.described_error(error)
         return None
 
+    if setting in found.values:  # it ran when its threshold was looked for
+        return False
     return found.get(f"error under {setting}", attempt) is not None
 
 
@@ -378,8 +381,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         *policy_arms(args.pipeline, args.steps, found, args.calibration_clips, args.arms),
         *peer_arms(args.pipeline, args.steps, found, args.calibration_clips, args.arms),
     ]
-    assert len(arms) <= MOST_ARMS, f"{len(arms)} arms"
     arms = chosen_arms(arms, args.arms)
+    if len(arms) > MOST_ARMS:
+        raise SystemExit(f"{len(arms)} arms, and at most {MOST_ARMS} are wanted; --arms names those to run")
     print(f"{len(arms)} arms: {'; '.join(arm.name for arm in arms)}", flush=True)
 
     pairs = shapes.held_out(args.pairs, args.pipeline)
@@ -405,6 +409,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "converged_steps": CONVERGED * args.steps,
             "found": frontier_settings.reported(found),
             "schedules_left_out": left_out,
+            "peers": {name: environment.version(name) for name in ("diffusers", peers.CACHE_DIT)},
         },
         "rows": rows,
         "comparison": comparison,
@@ -413,9 +418,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "per_pair": {name: {"psnr_db": one["psnr_db"].tolist()} for name, one in measured.items()},
     }
     plot = args.out.with_suffix(".svg")
-    body = frontier_report.body(
-        data, shapes.described(args.steps, args.pairs, n, args.pipeline), plot.name, CONVERGED * args.steps
-    )
+    described = shapes.described(args.steps, args.pairs, n, args.pipeline)
+    if args.arms:
+        described += f" A part of the arms: those whose names contain {' or '.join(map(repr, args.arms))}."
+    body = frontier_report.body(data, described, plot.name, CONVERGED * args.steps)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     frontier_report.plot(rows, f'"{args.pipeline}", {args.steps} steps', plot)
     command = "python -m bench.frontier" + ("" if args.pipeline == "shapes" else f" --pipeline {args.pipeline}")

@@ -34,6 +34,8 @@ CLIPS = 2
 """Calibration clips that a measurement or a trial is made of."""
 TRIALS = 6
 """Thresholds tried for one arm."""
+NEAR = 1.03
+"""A ratio of operations within this factor of the one wanted ends the search."""
 THRESHOLDS = (0.003, 3.0)
 """The least and the greatest threshold tried."""
 DEGREE = 4
@@ -50,7 +52,8 @@ class Found:
     def get(self, name: str, make: Callable[[], Any]) -> Any:
         """The value of that name: the one in the file, or else made now and kept."""
         if name not in self.values:
-            print(f"finding {name} on calibration prompts", flush=True)
+            shown = json.dumps(_without_ratios(name)) if name.startswith("{") else name
+            print(f"finding {shown} on calibration prompts", flush=True)
             self.values[name] = make()
             self.path.parent.mkdir(parents=True, exist_ok=True)
             report.write_whole(self.path, (report.pretty(self.values) + "\n").encode())
@@ -61,9 +64,14 @@ def found_for(pipeline: str, steps: int, clips: int, work: Path) -> Found:
     """What was found so far for runs of that many steps, on that many clips, with these weights and versions."""
     uncached = shapes.Variant("", pipeline=pipeline)
     facts = [shapes.identity(uncached, steps), shapes.identity(shapes.Variant("", peer=_DBCACHE), steps)["versions"]]
-    rules = [clips, TRIALS, THRESHOLDS, DEGREE, [vars(pair) for pair in shapes.calibration(clips, pipeline)]]
+    rules = [clips, TRIALS, NEAR, THRESHOLDS, DEGREE, [vars(pair) for pair in shapes.calibration(clips, pipeline)]]
     name = hashlib.sha256(json.dumps([facts, rules], sort_keys=True).encode()).hexdigest()[:16]
     return Found(work / f"settings-{name}.json")
+
+
+def _without_ratios(text: str) -> dict[str, Any]:
+    """A setting without MagCache's ratios, which have a place of their own."""
+    return {key: value for key, value in json.loads(text).items() if key != "mag_ratios"}
 
 
 def reported(found: Found) -> dict[str, Any]:
@@ -75,8 +83,7 @@ def reported(found: Found) -> dict[str, Any]:
     result: dict[str, Any] = {"trials": []}
     for name, value in found.values.items():
         if name.startswith("{"):
-            setting = {key: one for key, one in json.loads(name).items() if key != "mag_ratios"}
-            result["trials"].append(setting | {"flops_ratio": value})
+            result["trials"].append(_without_ratios(name) | {"flops_ratio": value})
         elif name == "changes":
             result |= {key: short(value[key]) for key in ("ratios", "changes")}
         else:
@@ -232,7 +239,8 @@ def flops_ratio(setting: str, pipeline: str, steps: int, clips: int) -> float:
 def threshold_for(
     found: Found, setting: Callable[[float], str], ratio: float, pipeline: str, steps: int, clips: int
 ) -> float:
-    """The threshold of those tried by halving at which the ratio of operations is nearest to the one wanted."""
+    """The threshold of those tried by halving at which the ratio of operations is nearest to the one wanted; the first
+    that is within `NEAR` ends the search."""
     low, high = (math.log(value) for value in THRESHOLDS)
     tried: dict[float, float] = {}
     for _ in range(TRIALS):
@@ -240,6 +248,8 @@ def threshold_for(
         value = float(f"{math.exp(middle):.3g}")
         text = setting(value)
         tried[value] = found.get(text, lambda text=text: flops_ratio(text, pipeline, steps, clips))
+        if 1 / NEAR < tried[value] / ratio < NEAR:
+            break
         low, high = (middle, high) if tried[value] < ratio else (low, middle)
     return min(tried, key=lambda value: abs(math.log(tried[value] / ratio)))
 

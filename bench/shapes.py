@@ -206,6 +206,8 @@ def generate(variant: Variant, steps: int, pairs: Sequence[Pair], with_facts: bo
             start = time.perf_counter()
             clip = call(pipe, pair, own, scale, variant.pipeline)
             seconds.append(time.perf_counter() - start)
+            if not np.isfinite(clip).all():
+                raise FloatingPointError(f"the clip of {pair.prompt!r}, seed {pair.seed}, is not finite")
             frames.append(np.clip(clip, 0, 1).astype(np.float32))
         if with_facts and variant.schedule is not None:
             facts = run_facts(pipe)
