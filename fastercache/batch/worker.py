@@ -29,8 +29,8 @@ from fastercache.schedule.schedule import Schedule
 class Setup:
     """How a worker loads and compiles its pipeline.
 
-    schedule: `None` for what the pipeline carries, or the paper's. device: "cpu" or "cuda". threads: of torch on the CPU; `None` leaves them as they are. suffix: of the videos.
-    options: of `fastercache.compile`.
+    schedule: `None` for what the pipeline carries, or the paper's. device: "cpu" or "cuda". threads: of torch on the
+    CPU; `None` leaves them as they are. suffix: of the videos. options: of `fastercache.compile`.
     """
 
     pipeline: str
