@@ -25,7 +25,7 @@ from fastercache import demo as demonstration
 from fastercache import ops, shapes
 from fastercache.cache import formats
 from fastercache.errors import FasterCacheError, FasterCacheWarning
-from fastercache.host import environment, steady
+from fastercache.host import environment, processes, steady
 from fastercache.report import charts
 from fastercache.report.published import SYSTEMS, System
 from fastercache.schedule import policies
@@ -48,6 +48,11 @@ class Device(str, Enum):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
+
+
+class ContextParallel(str, Enum):
+    ulysses = "ulysses"
+    ring = "ring"
 
 
 class Dtype(str, Enum):
@@ -251,6 +256,12 @@ def sample(
             help="diffusers' attention backend, such as flash, or auto: times the exact ones that are installed."
         ),
     ] = None,
+    context_parallel: Annotated[
+        ContextParallel | None,
+        typer.Option(
+            help="One video over all processes that torchrun started: ulysses, or ring on GPUs (not measured)."
+        ),
+    ] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Also sample uncached, and show both side by side.")
     ] = False,
@@ -263,6 +274,11 @@ def sample(
     from fastercache.report import media, metrics
 
     screen = problems if as_json else console
+    if context_parallel is not None:
+        processes.join_group()
+    first = context_parallel is None or torch.distributed.get_rank() == 0
+    if not first:
+        screen = Console(quiet=True)  # errors are said by every process, the rest by the first
     plan = policies.resolve(schedule)
     if pipeline == "shapes":
         demonstration.check_prompt(prompt)
@@ -271,7 +287,8 @@ def sample(
         _fail("--device cuda: torch sees no GPU; leave the option out to run on the CPU")
     media.check_suffix(out)
     _check_source(pipeline, download)
-    media.check_writable(out)
+    if first:
+        media.check_writable(out)
     if place == "cpu":
         _steady(screen)
     with screen.status(f"loading {pipeline}"):
@@ -279,6 +296,10 @@ def sample(
     call = inspect.signature(pipe.__call__).parameters
     arguments = _arguments(pipe, call, height=height, width=width, frames=frames, guidance_scale=guidance)
     steps = _steps(plan, steps, _default(call, "num_inference_steps") or 50)
+    if context_parallel is not None:
+        fastercache.parallelize(pipe, context_parallel.value)
+        if not first:
+            pipe.set_progress_bar_config(disable=True)
     fastercache.compile(
         pipe,
         plan,
@@ -312,6 +333,10 @@ def sample(
                 )
             text = f"{len(clip)} frames of {clip.shape[2]} x {clip.shape[1]} in {seconds:.2f} s"
     summary = fastercache.summary(pipe)
+    if context_parallel is not None:
+        torch.distributed.destroy_process_group()
+        if not first:
+            return
     if compare:
         media.save(out, demonstration.comparison_of(pairs, summary), loops=demonstration.LOOPS)
     else:
@@ -338,6 +363,8 @@ def _refusals(pipe: Any, asked: dict[str, Any]) -> Iterator[None]:
     except (FasterCacheError, torch.OutOfMemoryError):
         raise
     except (ValueError, TypeError, RuntimeError) as error:
+        if processes.is_of_another(error):
+            _fail(f"another process has ended, and this one cannot go on without it: {_first_line(error)}")
         trace = error.__traceback__
         while trace is not None and trace.tb_next is not None:
             trace = trace.tb_next

@@ -19,7 +19,7 @@ from torch import nn
 from bench.architectures import LatteT2V, STDiT3, VchitectXLTransformerModel
 
 
-def latte(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
+def latte(dtype: torch.dtype = torch.float64, seed: int = 0, frames: int = 3) -> nn.Module:
     torch.manual_seed(seed)
     model = LatteTransformer3DModel(
         num_attention_heads=2,
@@ -37,7 +37,7 @@ def latte(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
         norm_elementwise_affine=False,
         norm_eps=1e-6,
         caption_channels=12,
-        video_length=3,
+        video_length=frames,
     )
     return model.to(dtype).eval().requires_grad_(False)
 
