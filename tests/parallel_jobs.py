@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from typing import Any
 
 import models
+import pytest
 import torch
 import torch.distributed as dist
 from models import Values, latents_of, mask
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
+from typer.testing import CliRunner
 
 import fastercache
-from fastercache import Prediction, Schedule, Step
+from fastercache import Prediction, Schedule, Step, cli
+from fastercache.cache import room
+from fastercache.cache.budget import Limit
 
 HAND_MADE = Schedule(
     (
@@ -184,6 +190,109 @@ def collectives_by_step(rank: int, size: int, name: str) -> tuple[list[int], dic
                 model(**inputs)
             found.append(counted.count)
     return found, fastercache.summary(model).as_dict()["share"]
+
+
+def wan_with_options(rank: int, size: int, each: tuple[dict[str, Any], ...]) -> dict[str, Any]:
+    """A run of the small Wan, in which each process has options of its own; the summary."""
+    own = dict(each[rank])
+    schedule, steps, seed = own.pop("schedule", "paper"), own.pop("steps", 12), own.pop("seed", 1)
+    memory = own.pop("memory", None)
+    model = fastercache.parallelize(model_of("wan", size))
+    fastercache.compile(model, schedule, **own)
+    inputs = values(model, 1, size)
+    inputs["hidden_states"] = Values(torch.float64, seed)(*inputs["hidden_states"].shape)
+    with pytest.MonkeyPatch.context() as patch:
+        if memory is not None:
+            patch.setattr(room, "room", lambda *_: Limit(memory, f"the {memory} bytes left"))
+        with fastercache.run(model, steps=steps, cfg="cond-then-uncond"):
+            for _ in range(2 * steps):
+                model(**inputs)
+    return fastercache.summary(model).as_dict()
+
+
+def of_another_size(rank: int, size: int, name: str, *shape: int) -> None:
+    """A run on latents of another shape."""
+    model = fastercache.parallelize(model_of(name, size))
+    inputs = values(model, 2, size) | {"hidden_states": torch.zeros(shape, dtype=torch.float64)}
+    fastercache.compile(model, "paper")
+    with fastercache.run(model, steps=12, cfg="uncond-first"):
+        model(**inputs)
+
+
+def divided(rank: int, size: int, name: str, kind: str = "ulysses", heads: int = 2) -> None:
+    """Divide a model, and no more."""
+    build = (models.MODELS | models.OTHERS | models.TWO_CALLS)[name]
+    fastercache.parallelize(build(torch.float32, heads=heads) if heads != 2 else build(torch.float32), kind)
+
+
+def divided_again(rank: int, size: int) -> None:
+    fastercache.parallelize(fastercache.parallelize(models.wan()))
+
+
+def compiled_then_divided(rank: int, size: int) -> None:
+    fastercache.parallelize(fastercache.compile(models.wan()))
+
+
+def compiled_whole(rank: int, size: int) -> None:
+    fastercache.compile(fastercache.parallelize(models.wan()), backend="eager")
+
+
+def divided_by_diffusers(rank: int, size: int, foreign: bool) -> dict[str, Any]:
+    """Wan, by its own method, with the plan of its class or another; how far it is from the run alone."""
+    from diffusers import ContextParallelConfig
+
+    model = models.wan()
+    expected, _ = cached(model, "paper", 12, "wan", size)
+    plan = {path: entry for path, entry in model._cp_plan.items() if path} if foreign else None
+    torch.accelerator.device_count = lambda: 1
+    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=size), cp_plan=plan)
+    hooks = list(model._diffusers_hook.hooks) if not foreign else []
+    path, summary = cached(model, "paper", 12, "wan", size)
+    assert foreign or list(model._diffusers_hook.hooks) == hooks
+    return {"difference": float((path - expected).abs().max()), "share": summary.as_dict()["share"]}
+
+
+def branches_apart(rank: int, size: int, policy: str) -> None:
+    """Four processes, in a mesh with two groups for the branches."""
+    from diffusers import ContextParallelConfig
+
+    model = models.wan()
+    torch.accelerator.device_count = lambda: 1
+    mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("cfg", "ring", "ulysses"))
+    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2, mesh=mesh))
+    cached(model, policy, 12, "wan", 2)
+
+
+def lost(rank: int, size: int, how: str) -> None:
+    """In the middle of a run the second process raises or is killed."""
+    model = fastercache.parallelize(model_of("cogvideox", size))
+    fastercache.compile(model)
+    inputs = values(model, 2, size)
+    with fastercache.run(model, steps=12, cfg="uncond-first"):
+        for number in range(12):
+            if number == 5 and rank == 1:
+                if how == "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise ValueError("something of this process alone")
+            model(**inputs)
+
+
+def command(rank: int, size: int, arguments: list[str]) -> tuple[int, str, str]:
+    """The command line on every process: exit code, standard output and standard error."""
+    result = CliRunner().invoke(cli.app, arguments)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return result.exit_code, result.stdout, result.stderr
+
+
+def flops(rank: int, size: int, name: str) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Operations of a run alone, and of one divided: those of all processes."""
+    model, found = model_of(name, size), []
+    for divide in (False, True):
+        if divide:
+            fastercache.parallelize(model)
+        counted = cached(model, "paper", 12, name, size)[1].flops
+        found.append((counted.uncached, counted.cached))
+    return found[0], found[1]
 
 
 def work(rank: int, size: int, meeting: str, job: Any, arguments: tuple, answers: Any) -> None:

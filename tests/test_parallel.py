@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import queue
+import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import parallel_jobs as jobs
 import pytest
+from models import wan
+from typer.testing import CliRunner
+
+import fastercache
+from fastercache import CompileError, cli, policies
 
 ROOT = Path(__file__).parent.parent
 LONG = "FASTERCACHE_ALL_TARGETS" in os.environ
@@ -36,21 +44,20 @@ def processes():
 def together(processes, tmp_path):
     """Does a job in `size` processes; gives for each rank how it ended ("done" or the name of an error), what it
     returned or said, and the seconds."""
+    meetings = itertools.count()
 
-    def run(job, *arguments, size=2, seconds=120):
-        answers = processes.Queue()
+    def run(job, *arguments, size=2, seconds=60, answering=None):
+        answers, meeting = processes.Queue(), tmp_path / str(next(meetings))
         started = [
-            processes.Process(
-                target=jobs.work, args=(rank, size, str(tmp_path / "meeting"), job, arguments, answers), daemon=True
-            )
+            processes.Process(target=jobs.work, args=(rank, size, str(meeting), job, arguments, answers), daemon=True)
             for rank in range(size)
         ]
         for process in started:
             process.start()
-        found = {}
+        found, answering = {}, answering or range(size)
         limit = time.monotonic() + seconds
         try:
-            while len(found) < size:
+            while len(found) < len(answering):
                 rank, *answer = answers.get(timeout=max(0.1, limit - time.monotonic()))
                 found[rank] = tuple(answer)
         except queue.Empty:
@@ -59,7 +66,7 @@ def together(processes, tmp_path):
             for process in started:
                 process.join(5)
                 process.kill()
-        return [found[rank] for rank in range(size)]
+        return [found[rank] for rank in answering]
 
     return run
 
@@ -104,3 +111,108 @@ def test_a_reused_site_exchanges_nothing_and_a_skipped_step_says_nothing(togethe
         assert counts == [5 + begun, 5, 5, 1, 0, 5, 3, 1, 0] and begun > 0
         assert share["collectives"] == sum(counts) - begun and share["added_by_caching"] == 0
         assert (share["saved_by_reuse"], share["saved_by_calls_not_made"]) == (10, 10)
+
+
+def test_operations_are_those_of_all_processes(together):
+    for state, (alone, divided), _ in together(jobs.flops, "wan"):
+        assert state == "done" and divided == alone
+
+
+# ---- what is agreed on -----------------------------------------------------------------------------------------------
+
+SAME_NAME = tuple(replace(policy(12, True), name="mine") for policy in (policies.paper, policies.plain))
+
+
+@pytest.mark.parametrize(
+    ("each", "error"),
+    [
+        (({}, {"schedule": "plain"}), "schedule is 'paper' on process 0 and 'plain' on process 1"),
+        (({"schedule": SAME_NAME[0]}, {"schedule": SAME_NAME[1]}), "content of the schedule.*first at step"),
+        (({}, {"steps": 13}), "number of steps is 12 on process 0 and 13 on process 1"),
+        (({}, {"cache_format": "int8"}), "cache_format is None on process 0 and 'int8' on process 1"),
+        (({}, {"seed": 2}), "latents of process 1 are not those of process 0"),
+    ],
+)
+def test_processes_that_would_run_something_else_all_raise(together, each, error):
+    for state, said, seconds in together(jobs.wan_with_options, each):
+        assert state == "ScheduleError" and re.search(error, said), said
+        assert seconds < 30
+
+
+def test_what_keeps_one_process_from_beginning_is_raised_by_all(together):
+    each = {}, {"schedule": policies.paper(9, True)}
+    (first, told, _), (second, own, _) = together(jobs.wan_with_options, each)
+    assert (first, second) == ("Told", "ScheduleError")
+    assert (
+        "has 9 steps, but this run has 12" in own and f"process 1 of 2 could not begin the run: {second}: {own}" == told
+    )
+
+
+def test_the_least_memory_decides_the_format_for_all(together):
+    """Only the second process has too little for the model's dtype."""
+    plenty = {"memory": 10**9}
+    (_, found, _), _ = together(jobs.wan_with_options, (plenty, plenty))
+    assert found["cache_format"] == "model"
+    answers = together(jobs.wan_with_options, (plenty, {"memory": found["cache_bytes"] - 1}))
+    assert [found["cache_format"] for _, found, _ in answers] == ["int8", "int8"]
+    assert ["on process 1, which has the least" in str(found["notes"]) for _, found, _ in answers] == [True, False]
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("job", "arguments", "error", "message"),
+    [
+        (jobs.of_another_size, ("cogvideox", 2, 3, 2, 6, 6), "RunError", "27 video tokens do not divide among 2"),
+        (jobs.of_another_size, ("latte_t2v", 2, 2, 3, 8, 8), "RunError", "3 latent frames do not divide among 2"),
+        (jobs.of_another_size, ("latte_t2v", 2, 2, 4, 6, 6), "RunError", "9 patches of a frame do not divide among 2"),
+        (jobs.of_another_size, ("latte", 2, 2, 2, 8, 8), "RunError", "1 for each of 2 processes, and Latte.* needs 2"),
+        (jobs.divided, ("mochi", "ulysses", 3), "UnsupportedModelError", "3 attention heads .* do not divide among 2"),
+        (jobs.divided, ("allegro",), "UnsupportedModelError", "no plan by which a call of AllegroTransformer3DModel"),
+        (jobs.divided, ("wan", "ring"), "CompileError", "'ring' needs attention kernels.*use 'ulysses'"),
+        (jobs.divided, ("mochi", "ring"), "UnsupportedModelError", "diffusers has no plan for MochiTransformer3DModel"),
+        (jobs.divided, ("wan", "tokens"), "CompileError", "kind 'tokens'; choose 'ulysses' or 'ring'"),
+        (jobs.divided_again, (), "CompileError", "divided between processes already"),
+        (jobs.compiled_then_divided, (), "CompileError", "compiled by fastercache already; divide it"),
+        (jobs.divided_by_diffusers, (True,), "UnsupportedModelError", "a plan that fastercache does not know"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused_by_every_process(together, job, arguments, error, message):
+    for state, said, seconds in together(job, *arguments):
+        assert state == error and re.search(message, said), (state, said)
+        assert seconds < 30
+
+
+def test_wan_may_be_divided_by_diffusers_own_method(together):
+    """Its plan for the class splits arguments of the model, too; a run sees them whole, and `restore` puts that
+    back."""
+    for state, found, _ in together(jobs.divided_by_diffusers, False):
+        assert state == "done", found
+        assert found["difference"] < 1e-13 and found["share"]["saved_by_reuse"] > 0
+
+
+def test_without_a_launcher_it_says_how_to_start(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(CompileError, match="RANK, WORLD_SIZE.*torchrun --nproc-per-node 2"):
+        fastercache.parallelize(wan())
+    result = CliRunner().invoke(cli.app, ["sample", "shapes", "--prompt", "x", "--context-parallel", "ulysses"])
+    assert result.exit_code == 2 and "torchrun --nproc-per-node 2" in result.stderr
+
+
+def test_one_process_alone_has_nobody_to_divide_with(together):
+    ((state, said, _),) = together(jobs.divided, "wan", size=1)
+    assert state == "CompileError" and "start at least two" in said
+
+
+# ---- processes that end ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["raises", "killed"])
+def test_a_process_that_ends_ends_the_others(together, how):
+    """Without a launcher, which would kill them at once: a collective with one that is gone fails."""
+    answers = together(jobs.lost, how, answering=(0, 1) if how == "raises" else (0,), seconds=30)
+    assert answers[0][0] == "RuntimeError" and answers[0][2] < 30, answers
+    if how == "raises":
+        assert answers[1][:2] == ("ValueError", "something of this process alone")
