@@ -133,7 +133,7 @@ def ltx(dtype: torch.dtype = torch.float64, seed: int = 0, heads: int = 2) -> nn
         out_channels=4,
         num_attention_heads=heads,
         attention_head_dim=8,
-        cross_attention_dim=16,
+        cross_attention_dim=8 * heads,
         num_layers=2,
         caption_channels=12,
     )
@@ -195,7 +195,7 @@ def vchitect(dtype: torch.dtype = torch.float64, seed: int = 0, heads: int = 2) 
         attention_head_dim=8,
         num_attention_heads=heads,
         joint_attention_dim=12,
-        caption_projection_dim=16,
+        caption_projection_dim=8 * heads,
         pooled_projection_dim=6,
         out_channels=2,
         pos_embed_max_size=12,

@@ -197,10 +197,10 @@ def wan_with_options(rank: int, size: int, each: tuple[dict[str, Any], ...]) -> 
     own = dict(each[rank])
     schedule, steps, seed = own.pop("schedule", "paper"), own.pop("steps", 12), own.pop("seed", 1)
     memory = own.pop("memory", None)
-    model = fastercache.parallelize(model_of("wan", size))
+    model = fastercache.parallelize(model_of("wan", size, torch.float32))
     fastercache.compile(model, schedule, **own)
     inputs = values(model, 1, size)
-    inputs["hidden_states"] = Values(torch.float64, seed)(*inputs["hidden_states"].shape)
+    inputs["hidden_states"] = Values(torch.float32, seed)(*inputs["hidden_states"].shape)
     with pytest.MonkeyPatch.context() as patch:
         if memory is not None:
             patch.setattr(room, "room", lambda *_: Limit(memory, f"the {memory} bytes left"))
@@ -233,8 +233,13 @@ def compiled_then_divided(rank: int, size: int) -> None:
     fastercache.parallelize(fastercache.compile(models.wan()))
 
 
-def compiled_whole(rank: int, size: int) -> None:
-    fastercache.compile(fastercache.parallelize(models.wan()), backend="eager")
+def compiled(rank: int, size: int, name: str, regional: bool) -> dict[str, Any]:
+    """How far a divided run of compiled phases is from the same run as it is."""
+    model, layout = model_of(name, size, dtype_of(name)), LAYOUTS[name]
+    fastercache.parallelize(model)
+    expected, _ = cached(model, HAND_MADE.name, len(HAND_MADE), name, size)
+    path, summary = cached(model, HAND_MADE.name, len(HAND_MADE), name, size, backend="aot_eager", regional=regional)
+    return {"difference": float((path - expected).abs().max()), "compiled": summary.compiled, "layout": layout}
 
 
 def divided_by_diffusers(rank: int, size: int, foreign: bool) -> dict[str, Any]:
@@ -271,16 +276,27 @@ def lost(rank: int, size: int, how: str) -> None:
     with fastercache.run(model, steps=12, cfg="uncond-first"):
         for number in range(12):
             if number == 5 and rank == 1:
+                print(f"process 1 ends at {time.time()}", flush=True)
                 if how == "killed":
                     os.kill(os.getpid(), signal.SIGKILL)
                 raise ValueError("something of this process alone")
             model(**inputs)
 
 
-def command(rank: int, size: int, arguments: list[str]) -> tuple[int, str, str]:
-    """The command line on every process: exit code, standard output and standard error."""
-    result = CliRunner().invoke(cli.app, arguments)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+def launched(how: str) -> None:
+    """`lost`, in a process that a launcher has started."""
+    dist.init_process_group("gloo")
+    with torch.no_grad():
+        lost(dist.get_rank(), dist.get_world_size(), how)
+
+
+def command(rank: int, size: int, arguments: list[str], folder: str) -> tuple[int, str, str]:
+    """The command line on every process, each with a file of its own to write: exit code, standard output and
+    error."""
+    result = CliRunner().invoke(cli.app, [*arguments, "--out", f"{folder}/{rank}.gif"])
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # for what `work` does at its end
     return result.exit_code, result.stdout, result.stderr
 
 

@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import queue
 import re
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -175,6 +177,12 @@ def test_the_least_memory_decides_the_format_for_all(together):
         (jobs.divided, ("wan", "tokens"), "CompileError", "kind 'tokens'; choose 'ulysses' or 'ring'"),
         (jobs.divided_again, (), "CompileError", "divided between processes already"),
         (jobs.compiled_then_divided, (), "CompileError", "compiled by fastercache already; divide it"),
+        (
+            jobs.compiled,
+            ("wan", False),
+            "CompileError",
+            "cannot be traced in a graph of the whole model; pass regional",
+        ),
         (jobs.divided_by_diffusers, (True,), "UnsupportedModelError", "a plan that fastercache does not know"),
     ],
 )
@@ -195,7 +203,7 @@ def test_wan_may_be_divided_by_diffusers_own_method(together):
 def test_without_a_launcher_it_says_how_to_start(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(CompileError, match="RANK, WORLD_SIZE.*torchrun --nproc-per-node 2"):
+    with pytest.raises(CompileError, match=r"RANK, WORLD_SIZE.*torchrun --nproc-per-node 2"):
         fastercache.parallelize(wan())
     result = CliRunner().invoke(cli.app, ["sample", "shapes", "--prompt", "x", "--context-parallel", "ulysses"])
     assert result.exit_code == 2 and "torchrun --nproc-per-node 2" in result.stderr
@@ -204,6 +212,27 @@ def test_without_a_launcher_it_says_how_to_start(monkeypatch):
 def test_one_process_alone_has_nobody_to_divide_with(together):
     ((state, said, _),) = together(jobs.divided, "wan", size=1)
     assert state == "CompileError" and "start at least two" in said
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+SAMPLE = ["sample", "shapes", "--prompt", "a red circle moving right", "--steps", "6"]
+
+
+def test_the_command_writes_the_video_of_one_process_once(together, tmp_path):
+    expected = tmp_path / "alone.gif"
+    assert CliRunner().invoke(cli.app, [*SAMPLE, "--out", str(expected)]).exit_code == 0
+    arguments = [*SAMPLE, "--context-parallel", "ulysses"]
+    (first, (code, out, _), _), (second, (other, silence, _), _) = together(jobs.command, arguments, str(tmp_path))
+    assert (first, code, second, other) == ("done", 0, "done", 0)
+    made, saved = map(int, re.search(r"collectives: (\d+) made, (\d+) saved by reuse and 0 by", out).groups())
+    assert made + saved == 6 * 9 and saved > 0 and silence == ""
+    assert (tmp_path / "0.gif").read_bytes() == expected.read_bytes() and not (tmp_path / "1.gif").exists()
+
+
+def test_the_command_says_on_every_process_what_is_wrong(together, tmp_path):
+    for state, (code, _, error), _ in together(jobs.command, [*SAMPLE, "--context-parallel", "ring"], str(tmp_path)):
+        assert (state, code) == ("done", 2) and "'ring' is its own; use 'ulysses'" in error
 
 
 # ---- processes that end ----------------------------------------------------------------------------------------------
@@ -216,3 +245,48 @@ def test_a_process_that_ends_ends_the_others(together, how):
     assert answers[0][0] == "RuntimeError" and answers[0][2] < 30, answers
     if how == "raises":
         assert answers[1][:2] == ("ValueError", "something of this process alone")
+
+
+# ---- longer: `make test-all` -----------------------------------------------------------------------------------------
+
+long = pytest.mark.skipif(not LONG, reason="python -m bench.test_all")
+
+
+@long
+@pytest.mark.parametrize("name", ONE_OF_EACH_LAYOUT + OTHERS)
+def test_four_processes_give_what_one_gives(together, name):
+    check_same_as_alone(together(jobs.same_as_alone, name, SCHEDULES, size=4), name)
+
+
+@long
+@pytest.mark.parametrize("name", ["cogvideox", "wan", "stdit3"])
+def test_compiled_blocks_give_the_same(together, name):
+    for state, found, _ in together(jobs.compiled, name, True, seconds=300):
+        assert state == "done" and found["difference"] < 1e-5 and "graphs by aot_eager" in found["compiled"], found
+
+
+@long
+def test_a_branch_for_each_group_of_processes_is_refused_where_one_would_wait(together):
+    for state, said, _ in together(jobs.branches_apart, "paper", size=4):
+        assert state == "ScheduleError" and "one group would have nothing to do" in said
+    assert [answer[0] for answer in together(jobs.branches_apart, "dynamic-only", size=4)] == ["done"] * 4
+
+
+@long
+@pytest.mark.parametrize("how", ["raises", "killed"])
+def test_a_launched_job_ends_with_the_error_of_a_process(how):
+    """Within 30 s of the error: the job's time less that to the fifth step, which a job that ends well needs, too."""
+    source = f"import parallel_jobs; parallel_jobs.launched({how!r})"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python", sys.executable]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    run = subprocess.run(
+        [*command, "-c", source],
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    ended = time.time()
+    failed = float(re.search(r"process 1 ends at ([\d.]+)", run.stdout)[1])
+    assert run.returncode != 0 and ended - failed < 30, run.stderr
+    assert ("something of this process alone" if how == "raises" else "SIGKILL") in run.stderr

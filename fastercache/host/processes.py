@@ -173,6 +173,11 @@ def _config_of(model: nn.Module) -> Any:
     return config if config is not None and config._flattened_mesh.size() > 1 else None
 
 
+def is_divided(model: nn.Module) -> bool:
+    """Whether several processes share each call of a model."""
+    return _config_of(model) is not None
+
+
 def _group_of(config: Any) -> Group:
     mesh = config._flattened_mesh
     return Group(mesh.get_group(), torch.distributed.get_rank(mesh.get_group()), mesh.size())
