@@ -89,9 +89,9 @@ LAYOUTS = {
 }
 
 
-def model_of(name: str, size: int, dtype: torch.dtype = torch.float64) -> torch.nn.Module:
+def model_of(name: str, size: int, dtype: torch.dtype = torch.float64, frames: int = 0) -> torch.nn.Module:
     if name == "latte":
-        return models.ready(models.latte(dtype, frames=2 * size), dtype)
+        return models.ready(models.latte(dtype, frames=frames or 2 * size), dtype)
     build = (models.MODELS | models.OTHERS | models.TWO_CALLS)[name]
     return build(dtype) if size == 2 else build(dtype, heads=size)
 
@@ -163,6 +163,26 @@ def cached(
     summary = fastercache.summary(model)
     fastercache.restore(model)
     return path, summary
+
+
+def filled_up(rank: int, size: int, name: str, frames: int) -> tuple[float, dict[str, int]]:
+    """How far a run of so many frames of 6 x 6 latents is from the same run alone; bytes kept."""
+    model, paths = model_of(name, size, dtype_of(name), frames), []
+    inputs = values(model, 2, size)
+    key, shape = latents_of(inputs), (2, 2, frames, 6, 6)
+    inputs[key] = Values(dtype_of(name), 1)(*shape)
+    if name == "stdit3":
+        inputs["x_mask"] = torch.arange(frames).expand(2, frames) > 0
+    for divide in (False, True):
+        if divide:
+            fastercache.parallelize(model)
+        fastercache.compile(model, HAND_MADE)
+        with fastercache.run(model, steps=len(HAND_MADE), cfg=LAYOUTS[name]):  # type: ignore[arg-type]
+            outputs = [model(**inputs) for _ in HAND_MADE.steps]
+        paths.append(torch.stack([one if isinstance(one, torch.Tensor) else one[0] for one in outputs]))
+        summary = fastercache.summary(model)
+        fastercache.restore(model)
+    return float((paths[0] - paths[1]).abs().max()), summary.as_dict()["share"]["kept"]
 
 
 class Counted(TorchDispatchMode):

@@ -198,7 +198,7 @@ def processes_of(model: nn.Module) -> Processes | None:
     return None if config is None else Processes(model, config)
 
 
-class Told(RunError):
+class OtherProcessError(RunError):
     """An error of another process, which all of them know of."""
 
 
@@ -267,7 +267,7 @@ class Processes:
         try:
             yield
             self._all("begun")
-        except Told:
+        except OtherProcessError:
             raise
         except ScheduleError as error:
             if not getattr(error, "told", False):
@@ -291,11 +291,11 @@ class Processes:
         return found
 
     def _all(self, mine: Any) -> list[Any]:
-        """What every process says; `Told` where one of them has failed."""
+        """What every process says; `OtherProcessError` where one of them has failed."""
         found = self._gather(("fine", mine))
         for rank, (state, said) in enumerate(found):
             if state == "failed":
-                raise Told(f"process {rank} of {self.group.size} could not begin the run: {said}")
+                raise OtherProcessError(f"process {rank} of {self.group.size} could not begin the run: {said}")
         return [said for _, said in found]
 
     def agree(
@@ -372,8 +372,8 @@ class Processes:
             whole = self.family.site_shapes(self.model, site, arguments)
             local = self.local_shapes(site, arguments, whole)
             there, here = whole[number].numel(), local[number].numel()
-            # Of a tensor of both, what is divided is `there - here` of all but one process's shards.
-            divided = (there - here) / (size - 1)
+            # The shards that the other processes have are what is missing here.
+            divided = (there - here) / (size - 1) if self.division.text_in_sites else here
             shards += form.bytes(ring) * divided / here
             text += form.bytes(ring) * (1 - divided / here)
         item = planned.dtype.itemsize

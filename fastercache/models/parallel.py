@@ -55,13 +55,29 @@ class Group:
         return torch.cat(shards, dim)
 
     def shard(self, whole: torch.Tensor, dim: int) -> torch.Tensor:
-        """This process's part of a dimension that divides."""
-        length = whole.shape[dim] // self.size
-        return whole.narrow(dim, self.rank * length, length)
+        """This process's part of a dimension, with zeros behind its end where it does not divide."""
+        padded = self.padded(whole, dim)
+        length = padded.shape[dim] // self.size
+        return padded.narrow(dim, self.rank * length, length)
+
+    def padded(self, whole: torch.Tensor, dim: int) -> torch.Tensor:
+        """With zeros behind the end of a dimension, so that it divides."""
+        return longer(whole, dim, whole.shape[dim] + -whole.shape[dim] % self.size)
+
+
+def longer(tensor: torch.Tensor, dim: int, length: int) -> torch.Tensor:
+    """With zeros behind the end of a dimension, up to a length."""
+    missing = length - tensor.shape[dim]
+    if not missing:
+        return tensor
+    return torch.cat([tensor, tensor.new_zeros((*tensor.shape[:dim], missing, *tensor.shape[dim + 1 :]))], dim)
 
 
 class Division(ABC):
-    """Of the calls of one class of models."""
+    """Of the calls of one class of models. text_in_sites: whether what is kept of a site may hold text, which every
+    process has whole."""
+
+    text_in_sites = True
 
     @property
     def native(self) -> bool:
@@ -268,6 +284,9 @@ def _joint_attention(
 class Frames(Division):
     """Frames in shards, split in the arguments of the model and gathered in its prediction.
 
+    Frames that do not divide are filled up with empty ones, and so are the rows of an attention over time, of which
+    no other takes notice; that attention itself is over the frames that there are.
+
     split: the arguments with frames, and the dimension of each. frames_dim: of latents and prediction. temporal: list
     of blocks, and the name of the attention over time in one. positions: buffer of positions in time, whose dimension 1
     is frames. least: frames that each process must have, as the model treats fewer otherwise.
@@ -278,18 +297,21 @@ class Frames(Division):
     frames_dim: int = 2
     positions: str = ""
     least: int = 1
+    text_in_sites = False
 
     def patches(self, model: nn.Module, family: Family, group: Group) -> list[ForwardPatch]:
         blocks, name = self.temporal
         attentions = [child(model, f"{blocks}.{number}.{name}") for number in range(len(child(model, blocks)))]  # type: ignore[arg-type]
-        found = [ForwardPatch(one, partial(_over_time, group), traced=True) for one in attentions]
-        return [ForwardPatch(model, partial(self._call, model, family, group)), *found]
+        length = Length()
+        found = [ForwardPatch(one, partial(_over_time, group, length), traced=True) for one in attentions]
+        return [ForwardPatch(model, partial(self._call, model, family, group, length)), *found]
 
     def _call(
         self,
         model: nn.Module,
         family: Family,
         group: Group,
+        length: Length,
         original: Callable[..., Any],
         args: tuple,
         kwargs: dict[str, Any],
@@ -297,7 +319,7 @@ class Frames(Division):
         """One call on this process's frames, with the prediction of all."""
         names = list(inspect.signature(type(model).forward).parameters)[1:]
         arguments = dict(zip(names, args, strict=False)) | kwargs
-        frames = family.latents(arguments).shape[self.frames_dim]
+        frames = length.frames = family.latents(arguments).shape[self.frames_dim]
         positions = model._buffers.get(self.positions)
         if positions is not None:
             model._buffers[self.positions] = group.shard(positions[:, :frames], 1)
@@ -306,7 +328,8 @@ class Frames(Division):
         finally:
             if positions is not None:
                 model._buffers[self.positions] = positions
-        return family.with_prediction(output, group.gathered(family.prediction(output), self.frames_dim))
+        prediction = group.gathered(family.prediction(output), self.frames_dim)
+        return family.with_prediction(output, prediction.narrow(self.frames_dim, 0, frames))
 
     def _narrowed(self, arguments: Mapping[str, Any], group: Group) -> dict[str, Any]:
         narrowed = dict(arguments)
@@ -320,16 +343,12 @@ class Frames(Division):
 
     def refuse_call(self, model: nn.Module, family: Family, arguments: Mapping[str, Any], size: int) -> None:
         frames = family.latents(arguments).shape[self.frames_dim]
-        remedy = "choose another number of frames or of processes"
-        _refuse_remainder(frames, "latent frames", size, remedy)
-        if frames // size < self.least:
+        each = -(-frames // size)
+        if each < self.least:
             raise RunError(
-                f"{frames} latent frames are {frames // size} for each of {size} processes, and {type(model).__name__} "
-                f"needs {self.least}, as it gives a single frame no position in time; start fewer processes"
+                f"{frames} latent frames are {each} for each of {size} processes, and {type(model).__name__} needs "
+                f"{self.least}, as it gives a single frame no position in time; start fewer processes"
             )
-        site = next(site for site in family.sites(model) if site.kind == "temporal")
-        rows = family.site_shapes(model, site, arguments)[0][0] // len(family.latents(arguments))
-        _refuse_remainder(rows, "patches of a frame", size, "choose another size, or another number of processes")
 
     def local_shapes(
         self, model: nn.Module, family: Family, site: Site, arguments: Mapping[str, Any], shapes: Shapes, size: int
@@ -337,14 +356,23 @@ class Frames(Division):
         return family.site_shapes(model, site, self._narrowed(arguments, Group(None, 0, size)))
 
 
-def _over_time(group: Group, original: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+@dataclass
+class Length:
+    """Of the video in the call that is being made."""
+
+    frames: int = 0
+
+
+def _over_time(group: Group, length: Length, original: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
     """Attention over time of `[rows, frames of this process, channels]`: of all frames, for some of the rows."""
     named = "hidden_states" in kwargs
     x = kwargs["hidden_states"] if named else args[0]
-    rows = group.exchange(x.unflatten(0, (group.size, -1))).transpose(0, 1).flatten(1, 2)
-    y = original(*args, **kwargs | {"hidden_states": rows}) if named else original(rows, *args[1:], **kwargs)
-    frames = y.unflatten(1, (group.size, -1)).transpose(0, 1)
-    return group.exchange(frames).flatten(0, 1)
+    parts = group.exchange(group.padded(x, 0).unflatten(0, (group.size, -1)))
+    rows = parts.transpose(0, 1).flatten(1, 2)
+    y = rows[:, : length.frames]
+    y = original(*args, **kwargs | {"hidden_states": y}) if named else original(y, *args[1:], **kwargs)
+    frames = longer(y, 1, rows.shape[1]).unflatten(1, (group.size, -1)).transpose(0, 1)
+    return group.exchange(frames).flatten(0, 1)[: len(x)]
 
 
 # ---- the classes that are known --------------------------------------------------------------------------------------
