@@ -285,6 +285,8 @@ def sample(
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device is Device.auto else device.value
     if place == "cuda" and not torch.cuda.is_available():
         _fail("--device cuda: torch sees no GPU; leave the option out to run on the CPU")
+    if place == "cuda" and context_parallel is not None:
+        processes.refuse_shared_gpu()
     media.check_suffix(out)
     _check_source(pipeline, download)
     if first:

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 import fastercache
 from bench import parallel_cost
 from fastercache import CompileError, cli, policies
+from fastercache.report.summary import Kept, Share, combined_share
 from fastercache.schedule.plan import make_plan
 
 ROOT = Path(__file__).parent.parent
@@ -125,9 +126,10 @@ def test_frames_and_patches_that_do_not_divide_are_filled_up(together, name, fra
         assert kept["shards"] > 0 and kept["text"] == 0
 
 
-def test_operations_are_those_of_all_processes(together):
-    for state, (alone, divided), _ in together(jobs.flops, "wan"):
-        assert state == "done" and divided == alone
+def test_two_experts_of_a_run_are_summed_up_together():
+    one = Share(2, 0, 10, 3, 2, 0, Kept(100, 5, 7))
+    both = combined_share([one, replace(one, collectives=4, kept=Kept(200, 1))])
+    assert both == Share(2, 0, 14, 6, 4, 0, Kept(200, 1)) and combined_share([]) is None
 
 
 # ---- what is agreed on -----------------------------------------------------------------------------------------------
@@ -320,3 +322,9 @@ def test_a_launched_job_ends_with_the_error_of_a_process(how):
     failed = float(re.search(r"process 1 ends at ([\d.]+)", run.stdout)[1])
     assert run.returncode != 0 and ended - failed < 30, run.stderr
     assert ("something of this process alone" if how == "raises" else "SIGKILL") in run.stderr
+
+
+@long
+def test_operations_are_those_of_all_processes(together):
+    for state, (alone, divided), _ in together(jobs.flops, "wan"):
+        assert state == "done" and divided == alone

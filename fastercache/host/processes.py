@@ -59,13 +59,24 @@ def join_group() -> None:
                 f"several processes need a launcher, and {', '.join(missing)} is not set here; start with torchrun: "
                 "torchrun --nproc-per-node 2 -m fastercache sample ... --context-parallel ulysses"
             )
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if local < torch.cuda.device_count():
+            torch.cuda.set_device(local)
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     if dist.get_world_size() < 2:
         raise CompileError(
             "one process has nobody to divide a video with; start at least two (torchrun --nproc-per-node 2), or leave "
             "context parallelism out"
+        )
+
+
+def refuse_shared_gpu() -> None:
+    """`CompileError` if the launcher has started more processes on this machine than it has GPUs."""
+    local, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= found:
+        raise CompileError(
+            f"process {local} of this machine has no GPU of its own, as there are {found}; start as many processes on "
+            "it as it has GPUs, or give --device cpu"
         )
 
 

@@ -29,6 +29,7 @@ from fastercache.errors import RunError, UnsupportedModelError
 from fastercache.models.family import Family, child
 from fastercache.models.patching import ForwardPatch
 from fastercache.models.site import Site
+from fastercache.schedule.sites import SiteNode
 
 Shapes = tuple[torch.Size, ...]
 
@@ -186,7 +187,7 @@ class Tokens(Division):
             raise UnsupportedModelError(f"{type(model).__name__} cannot be divided between processes: {reason}")
 
     def _video(self, model: nn.Module, family: Family, arguments: Mapping[str, Any]) -> int:
-        return family.site_shapes(model, family.sites(model)[0], arguments)[0][1]
+        return family.site_shapes(model, Site(SiteNode("", "stack", 0)), arguments)[0][1]
 
     def refuse_call(self, model: nn.Module, family: Family, arguments: Mapping[str, Any], size: int) -> None:
         remedy = "choose another size or length of the video, or another number of processes"
@@ -353,7 +354,12 @@ class Frames(Division):
     def local_shapes(
         self, model: nn.Module, family: Family, site: Site, arguments: Mapping[str, Any], shapes: Shapes, size: int
     ) -> Shapes:
-        return family.site_shapes(model, site, self._narrowed(arguments, Group(None, 0, size)))
+        on_shapes = {
+            name: torch.empty_like(arguments[name], device="meta")
+            for name, _ in self.split
+            if isinstance(arguments.get(name), torch.Tensor)
+        }
+        return family.site_shapes(model, site, {**arguments, **self._narrowed(on_shapes, Group(None, 0, size))})
 
 
 @dataclass

@@ -190,6 +190,18 @@ def ops_called(plan: Plan, steps: Sequence[PlannedStep], rings: str) -> set[str]
     return called
 
 
+def combined_share(parts: Sequence[Share]) -> Share | None:
+    """Of models that share a run's steps: collectives are added up, of what is kept the larger counts."""
+    if not parts:
+        return None
+    counts = ("collectives", "saved_by_reuse", "saved_by_calls_not_made", "added_by_caching")
+    return replace(
+        parts[0],
+        **{name: sum(getattr(part, name) for part in parts) for name in counts},
+        kept=max((part.kept for part in parts), key=lambda kept: sum(vars(kept).values())),
+    )
+
+
 def combined(parts: Sequence[Summary]) -> Summary:
     """One summary of a run whose steps were divided between models: what they did is added up, the larger cache
     counts."""
@@ -207,6 +219,7 @@ def combined(parts: Sequence[Summary]) -> Summary:
         sites=tuple(SiteSteps(*key, *counts) for key, counts in tally.items()),
         cache_bytes_planned=max(part.cache_bytes_planned for part in parts),
         cache_bytes=max(part.cache_bytes for part in parts),
+        share=combined_share([part.share for part in parts if part.share is not None]),
         implementations={name: how for part in parts for name, how in part.implementations.items()},
         notes=list(dict.fromkeys(note for part in parts for note in part.notes)),
         chart="\n".join(
