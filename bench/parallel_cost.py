@@ -183,7 +183,25 @@ def tables(machine: Machine = Machine()) -> dict[str, str]:
     return {name: report.table(HEADER, rows(case, machine)) for name, case in cases.items()}
 
 
+def assumptions(machine: Machine = Machine()) -> str:
+    """What the tables take for granted, as a list in Markdown."""
+    return "\n".join(
+        [
+            f"- A GPU: {machine.flops / 1e12:.0f} TFLOP/s in bfloat16, of which {machine.efficiency:.0%} are reached; "
+            f"{machine.memory / 1e12:.3g} TB/s of memory, of which {machine.memory_share:.0%}.",
+            f"- Links: {machine.inside / 1e9:.0f} GB/s a GPU to the {machine.node - 1} others of its node, "
+            f"{machine.between / 1e9:.0f} GB/s to those of other nodes, of which {machine.link_share:.0%} are reached; "
+            f"{machine.latency * 1e6:.0f} microseconds a collective.",
+            f"- {Case.passes} readings or writings of the residual stream in a block beside products and attention, and "
+            "all weights once a branch.",
+            "- Guidance with two branches, the paper's schedule, no overlap of work and links; the means of 30 steps of "
+            "Open-Sora and of 50 of Wan.",
+        ]
+    )
+
+
 def main() -> None:
+    print(f"{assumptions()}\n")
     for name, table in tables().items():
         print(f"{name}\n\n{table}\n")
 

@@ -331,6 +331,26 @@ def flops(rank: int, size: int, name: str) -> tuple[tuple[int, int], tuple[int, 
     return found[0], found[1]
 
 
+def two_experts(rank: int, size: int) -> list[dict[str, Any]]:
+    """Two models of one run, as those of Wan 2.2, whose blocks lie around each other; each one's share, and that of a
+    run that somebody else's collective falls into."""
+    pair = [fastercache.parallelize(model_of("wan", size)) for _ in range(2)]
+    for model in pair:
+        fastercache.compile(model)
+    inputs = values(pair[0], 1, size)
+    with fastercache.run(pair[0], steps=6, cfg="none"), fastercache.run(pair[1], steps=6, cfg="none"):
+        for model in pair:
+            for _ in range(6):
+                model(**inputs)
+    shares = [fastercache.summary(model).as_dict()["share"] for model in pair]
+    with fastercache.run(pair[0], steps=6, cfg="none"):
+        for number in range(6):
+            pair[0](**inputs)
+            if number in (2, 5):
+                dist.barrier()
+    return [*shares, fastercache.summary(pair[0]).as_dict()["share"]]
+
+
 def work(rank: int, size: int, meeting: str, job: Any, arguments: tuple, answers: Any) -> None:
     """In a process of its own: meet the others, do a job, and send what it returns or the error that it raised."""
     torch.set_num_threads(1)

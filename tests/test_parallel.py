@@ -126,6 +126,14 @@ def test_frames_and_patches_that_do_not_divide_are_filled_up(together, name, fra
         assert kept["shards"] > 0 and kept["text"] == 0
 
 
+def test_collectives_of_another_model_are_not_taken_for_added_ones(together):
+    """But those that come between a model's calls, or after its last, are."""
+    for state, shares, _ in together(jobs.two_experts):
+        assert state == "done", shares
+        assert [share["collectives"] for share in shares[:2]] == [6 * 9 - shares[0]["saved_by_reuse"]] * 2
+        assert [share["added_by_caching"] for share in shares] == [0, 0, 2]
+
+
 def test_two_experts_of_a_run_are_summed_up_together():
     one = Share(2, 0, 10, 3, 2, 0, Kept(100, 5, 7))
     both = combined_share([one, replace(one, collectives=4, kept=Kept(200, 1))])
@@ -262,7 +270,8 @@ def test_a_process_that_ends_ends_the_others(together, how):
 
 def test_the_cost_model_is_the_one_that_is_printed():
     text = (ROOT / "docs/parallel.md").read_text()
-    assert len(parallel_cost.tables()) == 2 and all(table in text for table in parallel_cost.tables().values())
+    tables = parallel_cost.tables()
+    assert len(tables) == 2 and all(part in text for part in (*tables.values(), parallel_cost.assumptions()))
 
 
 def test_the_cost_model_counts_a_cached_step_as_the_plan_has_it():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,8 @@ from fastercache.models.site import Site
 from fastercache.report.summary import Kept, Share
 from fastercache.schedule.branches import BranchLayout
 from fastercache.schedule.plan import Plan
+
+logger = logging.getLogger("fastercache")
 
 T = TypeVar("T")
 KINDS = ("ulysses", "ring")
@@ -219,6 +222,10 @@ class Processes:
     group: all of them.
     """
 
+    latest: Processes | None = None
+    """Whose model was called last: groups may be those of several models, as of two experts, whose calls are no
+    other's."""
+
     def __init__(self, model: nn.Module, config: Any):
         self.model, self.family = model, family_of(model)
         self.group = _group_of(config)
@@ -230,7 +237,7 @@ class Processes:
         self._handles = {handle.group_name: handle for handle in handles}.values()
         processors: list[Any] = [getattr(module, "processor", None) for module in model.modules()]
         self._processors = [one for one in processors if getattr(one, "_parallel_config", None) is not None]
-        self._calls = self._inside = self._full = self._before = 0
+        self._calls = self._inside = self._outside = self._full = self._seen = 0
         self._kept = Kept()
         # diffusers splits arguments of the model outside of its forward. The run has to see them whole.
         self._registry: Any = model.__dict__.get("_diffusers_hook")
@@ -248,11 +255,19 @@ class Processes:
     def _at_model(self, original: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         if self._hook is not None:
             args, kwargs = self._hook.pre_forward(self.model, *args, **kwargs)
-        before = self._collectives()
+        self._look_outside()
         output = original(*args, **kwargs)
-        made = self._collectives() - before
+        made = self._collectives() - self._seen
         self._calls, self._inside, self._full = self._calls + 1, self._inside + made, max(self._full, made)
+        self._seen += made
         return output
+
+    def _look_outside(self) -> None:
+        """Count what was begun since this model's last call, unless another's came in between."""
+        now = self._collectives()
+        if Processes.latest is self:
+            self._outside += now - self._seen
+        Processes.latest, self._seen = self, now
 
     def _collectives(self) -> int:
         """Collectives that this process has begun in the group, as torch counts them."""
@@ -287,14 +302,14 @@ class Processes:
         except Exception as error:
             self._tell(error)
             raise
-        self._calls = self._inside = self._full = 0
-        self._before = self._collectives()
+        self._calls = self._inside = self._outside = self._full = 0
+        Processes.latest, self._seen = self, self._collectives()
 
     def _tell(self, error: Exception) -> None:
         try:
             self._gather(("failed", f"{type(error).__name__}: {error}"))
         except Exception as lost:  # another process is gone, which its launcher says; this one's own error counts
-            error.add_note(f"the other processes could not be told: {lost}") if hasattr(error, "add_note") else None
+            logger.info("the other processes could not be told: %s", lost)
 
     def _gather(self, mine: tuple[str, Any]) -> list[tuple[str, Any]]:
         found: list[Any] = [None] * self.group.size
@@ -395,13 +410,15 @@ class Processes:
     def share(self, steps: int, calls: int) -> Share:
         """What this process did and kept of a run of `steps` steps, each of `calls` calls where nothing is skipped."""
         made = self._inside
+        if Processes.latest is self:
+            self._look_outside()
         return Share(
             processes=self.group.size,
             rank=self.group.rank,
             collectives=made,
             saved_by_reuse=self._full * self._calls - made,
             saved_by_calls_not_made=self._full * (steps * calls - self._calls),
-            added_by_caching=self._collectives() - self._before - made,
+            added_by_caching=self._outside,
             kept=self._kept,
         )
 

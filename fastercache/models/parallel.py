@@ -237,9 +237,6 @@ class _Exchanged(TorchFunctionMode):
         group, size = self.group, self.group.size
         heads = three.shape[2]
         own = slice(group.rank * heads // size, (group.rank + 1) * heads // size)
-        mask = inputs.get("attn_mask")
-        if mask is not None and mask.dim() == 4 and mask.shape[1] == heads > 1:
-            inputs["attn_mask"] = mask[:, own]
         text_tokens = three.shape[-2] - self.video
         video, text = self._parts(three, text_tokens)
         # [3, rows, heads, shard] -> [processes, 3, rows, own heads, shard] -> [3, rows, own heads, video]
