@@ -192,10 +192,10 @@ def assumptions(machine: Machine = Machine()) -> str:
             f"- Links: {machine.inside / 1e9:.0f} GB/s a GPU to the {machine.node - 1} others of its node, "
             f"{machine.between / 1e9:.0f} GB/s to those of other nodes, of which {machine.link_share:.0%} are reached; "
             f"{machine.latency * 1e6:.0f} microseconds a collective.",
-            f"- {Case.passes} readings or writings of the residual stream in a block beside products and attention, and "
-            "all weights once a branch.",
-            "- Guidance with two branches, the paper's schedule, no overlap of work and links; the means of 30 steps of "
-            "Open-Sora and of 50 of Wan.",
+            f"- {Case.passes} readings or writings of the residual stream in a block beside products and attention, "
+            "and all weights once a branch.",
+            "- Guidance with two branches, the paper's schedule, no overlap of work and links; the means of 30 steps "
+            "of Open-Sora and of 50 of Wan.",
         ]
     )
 

@@ -331,6 +331,24 @@ def flops(rank: int, size: int, name: str) -> tuple[tuple[int, int], tuple[int, 
     return found[0], found[1]
 
 
+def a_time_for_each_token(rank: int, size: int) -> tuple[float, tuple[int, int], tuple[int, int]]:
+    """Wan with timesteps `[rows, tokens]`, as for a given first frame: how far a divided run is from one alone, and the
+    operations of both."""
+    model, paths, flops = model_of("wan", size), [], []
+    inputs = values(model, 1, size)
+    inputs["timestep"] = 10.0 * torch.arange(16.0 * 2 * size, dtype=torch.float64)[None]
+    for divide in (False, True):
+        if divide:
+            fastercache.parallelize(model)
+        fastercache.compile(model)
+        with fastercache.run(model, steps=6, cfg="none"):
+            paths.append(torch.stack([model(**inputs)[0] for _ in range(6)]))
+        counted = fastercache.summary(model).flops
+        flops.append((counted.uncached, counted.cached))
+        fastercache.restore(model)
+    return float((paths[0] - paths[1]).abs().max()), *flops
+
+
 def two_experts(rank: int, size: int) -> list[dict[str, Any]]:
     """Two models of one run, as those of Wan 2.2, whose blocks lie around each other; each one's share, and that of a
     run that somebody else's collective falls into."""

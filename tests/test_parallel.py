@@ -334,6 +334,13 @@ def test_a_launched_job_ends_with_the_error_of_a_process(how):
 
 
 @long
+def test_arguments_that_diffusers_splits_outside_of_the_model_reach_a_run_whole(together):
+    for state, found, _ in together(jobs.a_time_for_each_token):
+        assert state == "done", found
+        assert found[0] < 1e-12 and found[1] == found[2]
+
+
+@long
 def test_operations_are_those_of_all_processes(together):
     for state, (alone, divided), _ in together(jobs.flops, "wan"):
         assert state == "done" and divided == alone
