@@ -1,7 +1,7 @@
 """Every test, the long ones too, and the result as a page: `make test-all`, or `python -m bench.test_all`.
 
 Long are the random sequences of use in tests/test_misuse.py: the environment variable below says how many there are,
-drawn anew each time.
+drawn anew each time. In tests/test_parallel.py it is four processes, compiled blocks and jobs of torchrun.
 """
 
 from __future__ import annotations

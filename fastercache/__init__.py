@@ -14,6 +14,7 @@ from fastercache.errors import (
     ScheduleError,
     UnsupportedModelError,
 )
+from fastercache.host.processes import parallelize
 from fastercache.models.family import Family
 from fastercache.models.registry import register as register_family
 from fastercache.models.site import Part, Site
@@ -51,6 +52,7 @@ __all__ = [
     "calibrate",
     "compile",
     "disabled",
+    "parallelize",
     "policies",
     "register_cache_format",
     "register_family",

@@ -15,6 +15,7 @@ from fastercache.cache.budget import CacheBudget
 from fastercache.errors import CompileError, RunError, UnsupportedModelError
 from fastercache.host import carried, pipelines
 from fastercache.host.diffusers import DiffusersHost
+from fastercache.host.processes import is_divided
 from fastercache.models.hooks import refuse_others_at_work
 from fastercache.models.registry import family_of
 from fastercache.report.summary import Summary, combined
@@ -128,6 +129,11 @@ def _install(
     if hasattr(model, _ENGINE):
         raise CompileError(
             f"this {type(model).__name__} is compiled by fastercache already; call fastercache.restore first"
+        )
+    if options is not None and not options.regional and is_divided(model):
+        raise CompileError(
+            f"the calls of this {type(model).__name__} are divided between processes, and what splits and gathers "
+            "them cannot be traced in a graph of the whole model; pass regional=True, which compiles its blocks"
         )
     engine = Engine(
         model, family_of(model), schedule, default, budget, options, partial(DiffusersHost, attention_backend)

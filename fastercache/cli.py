@@ -24,7 +24,7 @@ from fastercache import demo as demonstration
 from fastercache import ops, sampling
 from fastercache.cache import formats
 from fastercache.errors import FasterCacheError, FasterCacheWarning
-from fastercache.host import carried, environment, steady
+from fastercache.host import carried, environment, processes, steady
 from fastercache.report import charts
 from fastercache.report.published import SYSTEMS, System
 from fastercache.sampling import first_line
@@ -48,6 +48,11 @@ class Device(str, Enum):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
+
+
+class ContextParallel(str, Enum):
+    ulysses = "ulysses"
+    ring = "ring"
 
 
 class Dtype(str, Enum):
@@ -263,6 +268,12 @@ def sample(
     cache_format: CacheFormatOption = None,
     max_cache_gb: MaxCacheOption = None,
     attention_backend: AttentionOption = None,
+    context_parallel: Annotated[
+        ContextParallel | None,
+        typer.Option(
+            help="One video over all processes that torchrun started: ulysses, or ring on GPUs (not measured)."
+        ),
+    ] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Also sample uncached, and show both side by side.")
     ] = False,
@@ -273,17 +284,29 @@ def sample(
     from fastercache.report import media, metrics
 
     screen = problems if as_json else console
+    if context_parallel is not None:
+        processes.join_group()
+    first = context_parallel is None or torch.distributed.get_rank() == 0
+    if not first:
+        screen = Console(quiet=True)  # errors are said by every process, the rest by the first
     named = None if schedule is None else carried.resolve(schedule, download=download)
     if pipeline == "shapes":
         demonstration.check_prompt(prompt)
     place = sampling.device_here(device.value)
+    if place == "cuda" and context_parallel is not None:
+        processes.refuse_shared_gpu()
     media.check_suffix(out)
     sampling.check_source(pipeline, download)
-    media.check_writable(out)
+    if first:
+        media.check_writable(out)
     pipe = _loaded(pipeline, place, dtype, download, screen)
     plan = named or carried.resolve(None, pipe)
     arguments = sampling.arguments(pipe, height=height, width=width, frames=frames, guidance_scale=guidance)
     steps = _steps(plan, steps, sampling.default(pipe, "num_inference_steps") or sampling.STEPS)
+    if context_parallel is not None:
+        fastercache.parallelize(pipe, context_parallel.value)
+        if not first:
+            pipe.set_progress_bar_config(disable=True)
     fastercache.compile(
         pipe,
         plan,
@@ -313,6 +336,10 @@ def sample(
                 )
             text = f"{len(clip)} frames of {clip.shape[2]} x {clip.shape[1]} in {seconds:.2f} s"
     summary = fastercache.summary(pipe)
+    if context_parallel is not None:
+        torch.distributed.destroy_process_group()
+        if not first:
+            return
     if compare:
         media.save(out, demonstration.comparison_of(takes, {"fastercache": summary}), loops=demonstration.LOOPS)
     else:
@@ -488,6 +515,8 @@ def _refusals(pipe: Any, asked: dict[str, Any]) -> Iterator[None]:
     except (FasterCacheError, torch.OutOfMemoryError):
         raise
     except (ValueError, TypeError, RuntimeError) as error:
+        if processes.is_of_another(error):
+            _fail(f"another process has ended, and this one cannot go on without it: {_first_line(error)}")
         trace = error.__traceback__
         while trace is not None and trace.tb_next is not None:
             trace = trace.tb_next

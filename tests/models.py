@@ -19,7 +19,7 @@ from torch import nn
 from bench.architectures import LatteT2V, STDiT3, VchitectXLTransformerModel
 
 
-def latte(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
+def latte(dtype: torch.dtype = torch.float64, seed: int = 0, frames: int = 3) -> nn.Module:
     torch.manual_seed(seed)
     model = LatteTransformer3DModel(
         num_attention_heads=2,
@@ -37,15 +37,15 @@ def latte(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
         norm_elementwise_affine=False,
         norm_eps=1e-6,
         caption_channels=12,
-        video_length=3,
+        video_length=frames,
     )
     return model.to(dtype).eval().requires_grad_(False)
 
 
-def cogvideox(dtype: torch.dtype = torch.float64, seed: int = 0, layers: int = 2) -> nn.Module:
+def cogvideox(dtype: torch.dtype = torch.float64, seed: int = 0, layers: int = 2, heads: int = 2) -> nn.Module:
     torch.manual_seed(seed)
     model = CogVideoXTransformer3DModel(
-        num_attention_heads=2,
+        num_attention_heads=heads,
         attention_head_dim=8,
         in_channels=2,
         out_channels=2,
@@ -91,17 +91,17 @@ MODELS = {"latte": latte, "cogvideox": cogvideox}
 # ---- one model of each other family, and the arguments of a call with `rows` rows of different values ----------------
 
 
-def stdit3(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
+def stdit3(dtype: torch.dtype = torch.float64, seed: int = 0, heads: int = 2) -> nn.Module:
     torch.manual_seed(seed)
     return ready(
-        STDiT3(hidden_size=16, depth=2, num_heads=2, in_channels=2, caption_channels=12, model_max_length=5), dtype
+        STDiT3(hidden_size=16, depth=2, num_heads=heads, in_channels=2, caption_channels=12, model_max_length=5), dtype
     )
 
 
-def latte_t2v(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
+def latte_t2v(dtype: torch.dtype = torch.float64, seed: int = 0, heads: int = 2) -> nn.Module:
     torch.manual_seed(seed)
     model = LatteT2V(
-        num_attention_heads=2,
+        num_attention_heads=heads,
         attention_head_dim=8,
         in_channels=2,
         out_channels=4,
@@ -112,10 +112,10 @@ def latte_t2v(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
     return ready(model, dtype)
 
 
-def mochi(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
+def mochi(dtype: torch.dtype = torch.float64, seed: int = 0, heads: int = 2) -> nn.Module:
     torch.manual_seed(seed)
     model = MochiTransformer3DModel(
-        num_attention_heads=2,
+        num_attention_heads=heads,
         attention_head_dim=8,
         num_layers=2,
         pooled_projection_dim=12,
@@ -126,14 +126,14 @@ def mochi(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
     return ready(model, dtype)
 
 
-def ltx(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
+def ltx(dtype: torch.dtype = torch.float64, seed: int = 0, heads: int = 2) -> nn.Module:
     torch.manual_seed(seed)
     model = LTXVideoTransformer3DModel(
         in_channels=4,
         out_channels=4,
-        num_attention_heads=2,
+        num_attention_heads=heads,
         attention_head_dim=8,
-        cross_attention_dim=16,
+        cross_attention_dim=8 * heads,
         num_layers=2,
         caption_channels=12,
     )
@@ -154,12 +154,12 @@ def allegro(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
     return ready(model, dtype)
 
 
-def hunyuan(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
+def hunyuan(dtype: torch.dtype = torch.float64, seed: int = 0, heads: int = 2) -> nn.Module:
     torch.manual_seed(seed)
     model = HunyuanVideoTransformer3DModel(
         in_channels=2,
         out_channels=2,
-        num_attention_heads=2,
+        num_attention_heads=heads,
         attention_head_dim=8,
         num_layers=1,
         num_single_layers=2,
@@ -171,10 +171,10 @@ def hunyuan(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
     return ready(model, dtype)
 
 
-def wan(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
+def wan(dtype: torch.dtype = torch.float64, seed: int = 0, heads: int = 2) -> nn.Module:
     torch.manual_seed(seed)
     model = WanTransformer3DModel(
-        num_attention_heads=2,
+        num_attention_heads=heads,
         attention_head_dim=12,
         in_channels=2,
         out_channels=2,
@@ -186,16 +186,16 @@ def wan(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
     return ready(model, dtype)
 
 
-def vchitect(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
+def vchitect(dtype: torch.dtype = torch.float64, seed: int = 0, heads: int = 2) -> nn.Module:
     torch.manual_seed(seed)
     model = VchitectXLTransformerModel(
         sample_size=16,
         in_channels=2,
         num_layers=2,
         attention_head_dim=8,
-        num_attention_heads=2,
+        num_attention_heads=heads,
         joint_attention_dim=12,
-        caption_projection_dim=16,
+        caption_projection_dim=8 * heads,
         pooled_projection_dim=6,
         out_channels=2,
         pos_embed_max_size=12,

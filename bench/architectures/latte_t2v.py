@@ -131,6 +131,9 @@ class LatteT2V(nn.Module):
         )
         width = num_attention_heads * attention_head_dim
         self.pos_embed = PatchEmbed(in_channels, width, patch_size)
+        # Positions in time are stretched from 16 frames.
+        moments = sinusoids(torch.arange(video_length) / max(video_length // 16, 1), width)
+        self.register_buffer("temp_pos_embed", moments[None], persistent=False)
         self.transformer_blocks = nn.ModuleList(
             [BasicTransformerBlock(width, num_attention_heads) for _ in range(num_layers)]
         )
@@ -155,9 +158,8 @@ class LatteT2V(nn.Module):
         batch, _, frames, height, width = hidden_states.shape
         patch, channels, dtype = self.config.patch_size, self.proj_out.in_features, hidden_states.dtype
         rows, columns = height // patch, width // patch
-        # Positions are those of the training size, stretched from 64 x 64 latents and 16 frames.
+        # Positions in a frame are those of the training size, stretched from 64 x 64 latents.
         plane = max(self.config.sample_size[0] // 64, 1)
-        span = max(self.config.video_length // 16, 1)
         grid = [torch.arange(extent, device=hidden_states.device) / plane for extent in (rows, columns)]
         time, embedded = self.adaln_single(timestep, dtype)
         # Upstream repeats the text for every frame before its projections, with the same result and 2 % more
@@ -168,7 +170,7 @@ class LatteT2V(nn.Module):
             bias = (1 - encoder_attention_mask.reshape(batch, 1, -1).to(dtype)) * -10000.0
 
         x = self.pos_embed(hidden_states.transpose(1, 2).flatten(0, 1)) + plane_positions(*grid, channels).to(dtype)
-        moments = sinusoids(torch.arange(frames, device=x.device) / span, channels).to(dtype)
+        moments = self.temp_pos_embed[:, :frames].to(dtype)
         spatial_time, temporal_time = (
             time.repeat_interleave(frames, dim=0),
             time.repeat_interleave(rows * columns, dim=0),

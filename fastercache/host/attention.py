@@ -104,7 +104,7 @@ class _Call:
 class Attention:
     """The attention backend of one model. Without a call of `use` it stays as the user set it.
 
-    notes: what the summary says about it.
+    notes: what the summary says about it. divided: whether several processes share the work of each call.
     """
 
     def __init__(self, model: nn.Module):
@@ -115,6 +115,7 @@ class Attention:
         self._before: list[tuple[Any, Any]] = []
         self._set_to: str | None = None
         self._to_time = False
+        self.divided = False
 
     def _processors(self) -> list[Any]:
         """Those that ask which backend to use. A class that begins with a backend of its own runs on no other."""
@@ -232,10 +233,11 @@ class Attention:
 
     def _time(self, calls: list[_Call], compiler: str | Callable[..., Any] | None) -> str:
         """Set the fastest, and say what was timed."""
-        if not calls or any(call.arguments["parallel_config"] is not None for call in calls):
+        divided = self.divided or any(call.arguments["parallel_config"] is not None for call in calls)
+        if not calls or divided:
             raise RuntimeError(
-                "the attention is divided between devices"
-                if calls
+                "the attention is divided between processes"
+                if divided
                 else "diffusers dispatched no attention in this call"
             )
         names = [name for name in EXACT if why_missing(name) is None and (name != "flex" or compiler is not None)]

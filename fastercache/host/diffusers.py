@@ -3,14 +3,15 @@ backends."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
 
 from fastercache.host.attention import Attention
 from fastercache.host.labels import CallLabels
+from fastercache.host.processes import processes_of
 from fastercache.host.signature import signature_of
 from fastercache.schedule.branches import Branch, BranchLayout
 from fastercache.schedule.signature import Signature
@@ -25,8 +26,15 @@ class DiffusersHost:
     def __init__(self, attention_backend: str | None, model: nn.Module):
         self.model = model
         self.attention = Attention(model)
+        self.processes = processes_of(model)
+        self.attention.divided = self.processes is not None
         if attention_backend is not None:
-            self.attention.use(attention_backend)
+            try:
+                self.attention.use(attention_backend)
+            except BaseException:
+                if self.processes is not None:
+                    self.processes.detach()
+                raise
         self.labels = CallLabels(model)
 
     @property
@@ -54,9 +62,14 @@ class DiffusersHost:
     def signature(self, steps: int, shape: Sequence[int], dtype: Any, guided: bool) -> Signature:
         return signature_of(None, self.model, steps=steps, shape=shape, dtype=dtype, guided=guided)
 
-    def natively(self) -> AbstractContextManager[None]:
-        return self.attention.natively()
+    @contextmanager
+    def natively(self) -> Iterator[None]:
+        alone = nullcontext() if self.processes is None else self.processes.alone()
+        with self.attention.natively(), alone:
+            yield
 
     def detach(self) -> None:
         self.labels.detach()
+        if self.processes is not None:
+            self.processes.detach()
         self.attention.restore()

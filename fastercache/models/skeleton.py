@@ -36,10 +36,12 @@ LEFT_OUT = frozenset(
         "_old_forward",
         "_diffusers_hook",
         "_fastercache_engine",
+        "_fastercache_division",
+        "_parallel_config",
         "_compiled_call_impl",
     }
 )
-"""Of a module's attributes: what offloading, caching and compilation have put there."""
+"""Of a module's attributes: what offloading, caching, compilation and a division between processes have put there."""
 MOST_KNOWN = 2**20
 """Elements up to which a tensor made inside a call on shapes has its values."""
 MOST_KEPT = 64

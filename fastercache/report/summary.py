@@ -23,6 +23,42 @@ class SiteSteps:
     skipped: int
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Bytes of one process's caches: shards of the sites' results, and what every process has whole, which is the text
+    in them, the maps of the difference of the branches, and predictions with their latents."""
+
+    shards: int = 0
+    text: int = 0
+    maps: int = 0
+    predictions: int = 0
+
+
+@dataclass(frozen=True)
+class Share:
+    """One process's part of a run that several make together.
+
+    collectives: made by the calls of the model. saved_by_reuse, saved_by_calls_not_made: those that the calls of an
+        uncached run would have made besides. added_by_caching: made outside of the model's calls, after the run began.
+    """
+
+    processes: int
+    rank: int
+    collectives: int
+    saved_by_reuse: int
+    saved_by_calls_not_made: int
+    added_by_caching: int
+    kept: Kept
+
+    def __str__(self) -> str:
+        kept = ", ".join(f"{size / 1e6:.1f} MB {what}" for what, size in vars(self.kept).items() if size)
+        return (
+            f"processes: {self.processes}, this is number {self.rank}; collectives: {self.collectives} made, "
+            f"{self.saved_by_reuse} saved by reuse and {self.saved_by_calls_not_made} by calls not made, "
+            f"{self.added_by_caching} added by caching; kept here: {kept or 'nothing'}"
+        )
+
+
 @dataclass
 class Summary:
     """The last run of a compiled model. `print` it; `as_dict` gives the same as plain data.
@@ -32,7 +68,7 @@ class Summary:
     cache_bytes_planned, cache_bytes: before the run and as allocated.
     implementations: of each op that ran, such as `{"ring_blend": "C++"}`. compiled: the graphs of the model, if it is
         compiled.
-    notes: what fell back and why, and what went wrong.
+    share: this process's part, where several make a video together. notes: what fell back and why, and what went wrong.
     """
 
     model: str
@@ -47,6 +83,7 @@ class Summary:
     cache_bytes: int = 0
     implementations: dict[str, str] = field(default_factory=dict)
     compiled: str = ""
+    share: Share | None = None
     notes: list[str] = field(default_factory=list)
     chart: str = ""
     _count_flops: Callable[[], RunFlops] | None = field(default=None, repr=False)
@@ -67,7 +104,8 @@ class Summary:
 
     def as_dict(self) -> dict[str, Any]:
         plain = {key: value for key, value in vars(self).items() if not key.startswith("_")}
-        return plain | {"sites": [vars(row) for row in self.sites]}
+        share = None if self.share is None else vars(self.share) | {"kept": vars(self.share.kept)}
+        return plain | {"sites": [vars(row) for row in self.sites], "share": share}
 
     def __str__(self) -> str:
         done = f"{self.steps_done} of {self.steps} steps" if self.steps_done != self.steps else f"{self.steps} steps"
@@ -88,6 +126,8 @@ class Summary:
             lines.append("ops: " + ", ".join(f"{op} in {how}" for op, how in self.implementations.items()))
         if self.compiled:
             lines.append(f"compiled: {self.compiled}")
+        if self.share is not None:
+            lines.append(str(self.share))
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(line for line in lines if line)
 
@@ -150,6 +190,18 @@ def ops_called(plan: Plan, steps: Sequence[PlannedStep], rings: str) -> set[str]
     return called
 
 
+def combined_share(parts: Sequence[Share]) -> Share | None:
+    """Of models that share a run's steps: collectives are added up, of what is kept the larger counts."""
+    if not parts:
+        return None
+    counts = ("collectives", "saved_by_reuse", "saved_by_calls_not_made", "added_by_caching")
+    return replace(
+        parts[0],
+        **{name: sum(getattr(part, name) for part in parts) for name in counts},
+        kept=max((part.kept for part in parts), key=lambda kept: sum(vars(kept).values())),
+    )
+
+
 def combined(parts: Sequence[Summary]) -> Summary:
     """One summary of a run whose steps were divided between models: what they did is added up, the larger cache
     counts."""
@@ -167,6 +219,7 @@ def combined(parts: Sequence[Summary]) -> Summary:
         sites=tuple(SiteSteps(*key, *counts) for key, counts in tally.items()),
         cache_bytes_planned=max(part.cache_bytes_planned for part in parts),
         cache_bytes=max(part.cache_bytes for part in parts),
+        share=combined_share([part.share for part in parts if part.share is not None]),
         implementations={name: how for part in parts for name, how in part.implementations.items()},
         notes=list(dict.fromkeys(note for part in parts for note in part.notes)),
         chart="\n".join(

@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import cache, partial
@@ -192,6 +192,8 @@ class Engine:
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else family.dtype(self.model, arguments)
         signature = None if plan.schedule.made_for is None else self._signature(plan, spec, arguments, dtype)
+        if (processes := self.host.processes) is not None:
+            processes.agree(plan, layout, self._caches.budget, arguments, any(step.rebuild for step in plan.steps))
         plan_in = self._planner(plan, layout, arguments, dtype)
         cache, cache_notes = self._cache_for(plan_in, device, arguments)
         if device.type == "cuda" and not self._prepare(
@@ -199,6 +201,8 @@ class Engine:
         ):  # its format is no choice any more
             cache, cache_notes = self._cache_for(plan_in, device, arguments)
             self._prepare(plan, cache.plan, dtype, device)
+        if processes is not None:
+            processes.keeps(cache.plan, self.gated.sites, arguments)
         for note in cache_notes:
             logger.info(note)
         if signature is not None:
@@ -267,13 +271,15 @@ class Engine:
         """What is kept of a site; where it cannot be, the error says at which step it is first reused."""
         site = self.gated.sites[index]
         try:
-            return self.family.site_shapes(self.model, site, arguments)
+            shapes = self.family.site_shapes(self.model, site, arguments)
         except UnsupportedModelError as error:
             step = next(number for number in range(len(plan.steps)) if plan.action(index, number) == "blend")
             raise UnsupportedModelError(
                 f"schedule {plan.schedule.name!r}, step {step + 1} reuses the {site.node} of "
                 f"{type(self.model).__name__}, which is not possible: {error}"
             ) from error
+        processes = self.host.processes
+        return shapes if processes is None else processes.local_shapes(site, arguments, shapes)
 
     def _prepare(self, plan: Plan, planned: CachePlan, dtype: torch.dtype, device: torch.device) -> bool:
         """Launch each op of the run once; whether what the caches need can be had."""
@@ -295,7 +301,8 @@ class Engine:
         from fastercache.cache import room  # it needs private names of torch's
 
         def room_on_device(wanted: int, kept: int) -> Limit | None:
-            return room.room(device, wanted, kept, lambda: self._activations_of(arguments, device))
+            limit = room.room(device, wanted, kept, lambda: self._activations_of(arguments, device))
+            return limit if self.host.processes is None else self.host.processes.least(limit)
 
         graphs = self.gated.graphs
         keep = graphs is not None and graphs.cuda_graphs and not comes_and_goes(self.model)
@@ -571,7 +578,9 @@ class Engine:
                 self.host.settle(
                     original, arguments, None if self.gated.graphs is None else self.gated.graphs.options.backend
                 )
-                scope.run = self._begin(scope.describe(), arguments)
+                processes = self.host.processes
+                with nullcontext() if processes is None else processes.beginning():
+                    scope.run = self._begin(scope.describe(), arguments)
             if self._on_phase is not None:
                 self._warm_up(scope.run, original, arguments)
             return scope.run.call(original, arguments)

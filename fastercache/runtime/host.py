@@ -7,8 +7,41 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+import torch
+
+from fastercache.cache.budget import CacheBudget, Limit
+from fastercache.cache.cache import CachePlan
+from fastercache.models.site import Site
+from fastercache.report.summary import Share
 from fastercache.schedule.branches import Branch, BranchLayout
+from fastercache.schedule.plan import Plan
 from fastercache.schedule.signature import Signature
+
+
+class Processes(Protocol):
+    """What a run asks where several processes make one video: as it begins, and when it is summed up."""
+
+    def beginning(self) -> AbstractContextManager[None]:
+        """Inside, a run begins; an error of one process is raised on all."""
+
+    def agree(
+        self, plan: Plan, layout: BranchLayout, budget: CacheBudget, arguments: Mapping[str, Any], two_bands: bool
+    ) -> None:
+        """An error on all of them unless they are about to run the same."""
+
+    def least(self, limit: Limit | None) -> Limit | None:
+        """The least of the processes' limits."""
+
+    def local_shapes(
+        self, site: Site, arguments: Mapping[str, Any], shapes: tuple[torch.Size, ...]
+    ) -> tuple[torch.Size, ...]:
+        """What this process has of a site's tensors."""
+
+    def keeps(self, planned: CachePlan, sites: Sequence[Site], arguments: Mapping[str, Any]) -> None:
+        """Note what is kept of a run, for `share`."""
+
+    def share(self, steps: int, calls: int) -> Share:
+        """This process's part of a run after so many steps, of so many calls each where nothing is skipped."""
 
 
 class Host(Protocol):
@@ -17,6 +50,10 @@ class Host(Protocol):
 
     @property
     def notes(self) -> list[str]: ...
+
+    @property
+    def processes(self) -> Processes | None:
+        """Those that make a video together; `None` where this one makes it alone."""
 
     @property
     def label(self) -> str | None: ...
@@ -43,7 +80,7 @@ class Host(Protocol):
         run."""
 
     def natively(self) -> AbstractContextManager[None]:
-        """Inside, attention runs on what a count of operations knows."""
+        """Inside, attention runs on what a count of operations knows, and in one process."""
 
     def detach(self) -> None:
         """Give the model back what was its own."""

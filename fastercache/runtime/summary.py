@@ -43,6 +43,7 @@ def summary_of(run: Run, note: str | None) -> Summary:
         cache_bytes=run.cache_bytes,
         implementations={op: ops.implementation(op, device) for op in sorted(called)},
         compiled="" if graphs is None else graphs.describe(),
+        share=None if host.processes is None else host.processes.share(run.position, run.guidance.calls),
         notes=notes,
         chart=chart if plan.guided else chart.splitlines()[0],
         _count_flops=count,
