@@ -516,7 +516,7 @@ def _refusals(pipe: Any, asked: dict[str, Any]) -> Iterator[None]:
         raise
     except (ValueError, TypeError, RuntimeError) as error:
         if processes.is_of_another(error):
-            _fail(f"another process has ended, and this one cannot go on without it: {_first_line(error)}")
+            _fail(f"another process has ended, and this one cannot go on without it: {first_line(error)}")
         trace = error.__traceback__
         while trace is not None and trace.tb_next is not None:
             trace = trace.tb_next
