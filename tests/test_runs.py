@@ -14,7 +14,7 @@ from test_video_pipelines import wan_experts
 
 import fastercache
 from fastercache import CompileError, FasterCacheWarning, RunError, ScheduleError, policies
-from fastercache.runtime import engine
+from fastercache.runtime import scopes
 from fastercache.runtime.timesteps import Habits, Timesteps, place_of, read
 
 STEPS = 8
@@ -151,8 +151,8 @@ def test_two_calls_a_step_begin_anew_too():
 def test_a_run_that_goes_on_after_a_long_pause_says_so(monkeypatch):
     model = compiled()
     loop(model, 3)
-    now = engine.time.monotonic()
-    monkeypatch.setattr(engine.time, "monotonic", lambda: now + 100.0)
+    now = scopes.time.monotonic()
+    monkeypatch.setattr(scopes.time, "monotonic", lambda: now + 100.0)
     with pytest.warns(
         FasterCacheWarning, match=r"goes on at step 4 of 8, 100 s after its last call.*fastercache.release"
     ):

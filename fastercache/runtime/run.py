@@ -107,6 +107,10 @@ class Run:
     def holds_cache(self) -> bool:
         return self._cache is not None
 
+    def fits(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether the latents of a call are as those of the first."""
+        return input_key(self.gated, arguments) == self.key
+
     def call(self, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """One call of the denoiser: run what the plan names and give back what the untouched model would, rows of all
         branches included."""
