@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import warnings
 from functools import partial
@@ -186,6 +187,27 @@ def test_timesteps_on_a_device_are_told_by_their_place_in_a_table():
         (torch.tensor(0), False),
     ):
         assert run.goes_back(place_of(again.expand(4)), 4, False) is back
+
+
+def test_the_short_way_of_following_timesteps_says_what_the_long_one_does():
+    """`takes` looks at most calls less closely than `goes_back` and `follow`."""
+    choice = random.Random(0)
+    for _ in range(300):
+        ways = ["value"] if choice.random() < 0.5 else []
+        habits = [Habits({"value": -1}, set(ways)) for _ in range(2)]
+        short, long = map(Timesteps, habits)
+        for i in range(6):
+            value = choice.choice((5.0, 4.0, 3.0, 2.0, float("nan")))
+            between = choice.random() < 0.2
+            now = choice.choice((read(value), read(torch.full((2,), value)), read(None)))
+            taken = not long.goes_back(now, i, between)
+            assert short.takes(now, i, between) is taken
+            if not taken:
+                break
+            long.follow(now, i)
+        for one in (short, long):
+            one.finish(6)
+        assert habits[0] == habits[1]
 
 
 # ---- threads ---------------------------------------------------------------------------------------------------------

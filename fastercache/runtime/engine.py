@@ -124,7 +124,7 @@ class Engine:
                 "row of each branch for every prompt; pass an even batch, or cfg='none' for a model without guidance"
             )
         plan = self.plan_for(spec)
-        if layout.guided and not layout.two_calls and any(step.rebuild for step in plan.steps):
+        if layout.guided and not layout.two_calls and plan.maps:
             # What cannot be split is said now.
             family.refuse_nested(arguments, batch)
             family.narrow(arguments, batch, layout.rows(batch, ("cond",)))
@@ -187,7 +187,7 @@ class Engine:
         lines = {(ring.shape[-1], form.bits(ring)) for ring in planned.rings if form.ops}
         shape = planned.map_shape
         planes = (shape[-2], shape[-1], min(shape[-2:]) // plan.schedule.radius_divisor) if shape else None
-        called = sorted(ops_called(plan, plan.steps, form.ops))
+        called = ops_called(plan, len(plan.steps), form.ops)
         return ops.prepare(called, device, dtype, lines, planes, planned.prediction_shape or None)
 
     def _cache_for(
@@ -355,12 +355,13 @@ class Engine:
             warn(f"schedule {run.plan.schedule.name!r} was meant to skip work, but nothing was skipped")
 
     def _at_model(self, original: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        scopes = self.scopes
+        scopes, arguments = self.scopes, kwargs
         if scopes.is_disabled:
             return original(*args, **kwargs)
-        arguments = dict(zip(self._parameters, args, strict=False)) | kwargs
-        if len(arguments) != len(args) + len(kwargs):
-            inspect.signature(original).bind(*args, **kwargs)  # says what is given twice, or is one too many
+        if args:
+            arguments = dict(zip(self._parameters, args, strict=False)) | kwargs
+            if len(arguments) != len(args) + len(kwargs):
+                inspect.signature(original).bind(*args, **kwargs)  # says what is given twice, or is one too many
         scope = scopes.enter(arguments)
         if scope is None:
             return original(*args, **kwargs)
@@ -387,6 +388,8 @@ class Engine:
                     original, arguments, None if self.gated.graphs is None else self.gated.graphs.options.backend
                 )
                 scope.run = self._begin(scope.describe(), arguments)
+            elif scope.what:  # outside of any block the call was looked at to find its run
+                scope.run.check(arguments)
             if self._on_phase is not None:
                 self._warm_up(scope.run, original, arguments)
             return scope.run.call(original, arguments)

@@ -16,7 +16,7 @@ from typing import Any
 
 from fastercache.errors import RunError, warn
 from fastercache.runtime.run import Run, RunSpec
-from fastercache.runtime.timesteps import Habits, Reading, Timesteps, read
+from fastercache.runtime.timesteps import Habits, Timesteps, read
 
 LONG_PAUSE = 30.0
 """Seconds between two calls of a run outside any block after which it is said that the run goes on."""
@@ -139,15 +139,13 @@ class Scopes:
     def enter(self, arguments: Mapping[str, Any]) -> Scope | None:
         """The scope of a call that begins, or `None` where it is to run uncached. `RunError` where it belongs to
         another thread."""
-        with self._lock:
-            self._leave_that_of_a_dead_thread()
-            scope = self._block or self._outside(arguments)
-            if scope is not None:
-                if not scope.mine:
-                    raise RunError(
-                        f"this {self.model} is in a run of another thread; a run owns its model until it ends"
-                    )
-                self._calling = scope.thread
+        thread, scope = threading.current_thread(), self.current
+        # No lock is needed for one's own: nobody else ends the scope of a thread that lives.
+        if scope is None or scope.thread is not thread or not (scope.what or self._goes_on(scope, arguments)):
+            with self._lock:
+                scope = self._found(arguments)
+        if scope is not None:
+            self._calling = thread
         return scope
 
     def leave(self, scope: Scope, failed: bool) -> None:
@@ -156,11 +154,11 @@ class Scopes:
         if failed:
             if not scope.what:
                 self.end(f"ended by an error after {scope.position} steps")
-            return
-        scope.last_call = time.monotonic()
-        if not scope.what and scope.run is not None and scope.run.done:
-            scope.timesteps.finish(len(scope.run))
-            self.end(None)
+        elif not scope.what:
+            scope.last_call = time.monotonic()
+            if scope.run is not None and scope.run.done:
+                scope.timesteps.finish(len(scope.run))
+                self.end(None)
 
     def end(self, note: str | None) -> None:
         """The open scope has ended, if there is one. note: how, where that was not after its last step."""
@@ -187,10 +185,19 @@ class Scopes:
         self.end(f"left after {scope.position} steps")
         warn(f"a run of {self.model} was left after {scope.position} of {scope.steps} steps: {why}")
 
+    def _found(self, arguments: Mapping[str, Any]) -> Scope | None:
+        """The scope of a call that does not go on in this thread's own."""
+        self._leave_that_of_a_dead_thread()
+        scope = self._block or self._outside(arguments)
+        if scope is not None and not scope.mine:
+            raise RunError(f"this {self.model} is in a run of another thread; a run owns its model until it ends")
+        return scope
+
     # ---- calls outside any block -------------------------------------------------------------------------------------
 
     def _outside(self, arguments: Mapping[str, Any]) -> Scope | None:
-        """Every `steps` calls are one run, unless a call shows that the run before was left."""
+        """The scope of a call that does not go on in the run before: every `steps` calls are one, unless a call shows
+        that it was left."""
         if self.default is None:
             if not self._said_uncached:
                 self._said_uncached = True
@@ -199,34 +206,39 @@ class Scopes:
                     "fastercache.run(model, steps=..., cfg=...), or compile with steps= and cfg="
                 )
             return None
-        timestep = read(arguments.get(self.timestep))
-        if (scope := self.current) is not None and (why := self._why_left(scope, arguments, timestep)) is not None:
-            self._leave_unfinished(f"{why}, so a new run begins")
-        if self.current is None:
-            default = self.default
-            self.current = Scope(lambda: default, self._habits)
-        self.current.timesteps.follow(timestep, self.current.position)
-        return self.current
+        if (scope := self.current) is not None:
+            self._leave_unfinished(f"{self._why_left(scope, arguments)}, so a new run begins")
+        default = self.default
+        scope = self.current = Scope(lambda: default, self._habits)
+        scope.timesteps.takes(read(arguments.get(self.timestep)), 0, False)
+        return scope
 
-    def _why_left(self, scope: Scope, arguments: Mapping[str, Any], timestep: Reading) -> str | None:
-        """Why a call outside any block cannot be the next of this run, or `None`. After a long pause it warns that the
+    def _goes_on(self, scope: Scope, arguments: Mapping[str, Any]) -> bool:
+        """Whether a call of its thread outside any block is the next of this run. After a long pause it warns that the
         run goes on."""
+        run = scope.run
+        if run is None or not run.fits(arguments):
+            return False
+        if not scope.timesteps.takes(read(arguments.get(self.timestep)), run.position, run.guidance.between_calls):
+            return False
+        pause = 0.0 if scope.last_call is None else time.monotonic() - scope.last_call
+        if pause > scope.longest_pause:
+            if pause > max(LONG_PAUSE, 20 * scope.longest_pause):
+                warn(
+                    f"a run of {self.model} goes on at step {scope.position + 1} of {scope.steps}, {pause:.0f} s after "
+                    "its last call: if this is another video, call fastercache.release before it, or enter "
+                    "fastercache.run(model, steps=..., cfg=...) around each loop"
+                )
+            scope.longest_pause = pause
+        return True
+
+    def _why_left(self, scope: Scope, arguments: Mapping[str, Any]) -> str:
+        """Why a call outside any block is not the next of this run."""
         if not scope.mine:
             return "its thread has ended"
         if scope.run is not None and not scope.run.fits(arguments):
             return "the next call has inputs of another shape, dtype or device"
-        between = scope.run is not None and scope.run.guidance.between_calls
-        if scope.timesteps.goes_back(timestep, scope.position, between):
-            return (
-                f"the timestep went back or began again; compile {self.model} with the number of steps that its loops "
-                "have, or enter fastercache.run(model, steps=..., cfg=...) around each loop"
-            )
-        pause = 0.0 if scope.last_call is None else time.monotonic() - scope.last_call
-        if pause > max(LONG_PAUSE, 20 * scope.longest_pause):
-            warn(
-                f"a run of {self.model} goes on at step {scope.position + 1} of {scope.steps}, {pause:.0f} s after its "
-                "last call: if this is another video, call fastercache.release before it, or enter fastercache.run("
-                "model, steps=..., cfg=...) around each loop"
-            )
-        scope.longest_pause = max(scope.longest_pause, pause)
-        return None
+        return (
+            f"the timestep went back or began again; compile {self.model} with the number of steps that its loops "
+            "have, or enter fastercache.run(model, steps=..., cfg=...) around each loop"
+        )
