@@ -535,20 +535,6 @@ def test_overlapping_sites_are_refused_by_name(reuse, message):
         model(**arguments(model, 2))
 
 
-def test_a_branch_that_was_never_computed_is_refused_by_name():
-    """The attention idles inside its block on the only step at which its unconditional result could have been
-    computed."""
-    steps = Step(), Step("both", ("block",), (1.0,)), Step("both", ("joint",), (1.0, 0.5))
-    model = cogvideox()
-    fastercache.compile(model, Schedule(steps), steps=3, cfg="uncond-first")
-    message = (
-        r"step 3 blends 2 results of the joint of layer 0 in the conditional branch, but "
-        r"only 1 .* let 2 steps compute it first"
-    )
-    with pytest.raises(ScheduleError, match=message):
-        model(**arguments(model, 2))
-
-
 # ---- models of no known family ---------------------------------------------------------------------------------------
 
 

@@ -310,10 +310,10 @@ class _Draft:
     def _read(self, where: str, site: SiteNode, branch: Branch, history: list[int], count: int) -> None:
         if len(history) < count:
             names = {"cond": "conditional", "uncond": "unconditional"}
-            known = f"only {len(history)} of its results were" if history else "none of its results was"
             raise ScheduleError(
-                f"{where} blends {count} results of the {site} in the {names[branch]} branch, but {known} computed "
-                f"before; let {count} steps compute it first (a site does not run while one around it is reused)"
+                f"{where} blends {count} results of the {site} in the {names[branch]} branch, but only {len(history)} "
+                f"of its results were computed before; let {count} steps compute it first (a site does not run while "
+                "one around it is reused)"
             )
         for source in history[-count:]:
             self.needed[source].add(branch)
