@@ -21,6 +21,7 @@ def map_dtype(dtype: torch.dtype) -> torch.dtype:
     return _triton.compute_dtype(dtype)
 
 
+_ONE = torch.Size((1,))
 _SHAPE_OF_COEFFICIENTS = torch.Size((COEFFICIENT_COUNT,))
 _MAP_DTYPES = {dtype: map_dtype(dtype) for dtype in DTYPES}
 
@@ -101,7 +102,7 @@ def check_gated(x: torch.Tensor, gate: torch.Tensor) -> None:
     if gate.device != x.device:
         raise ValueError(f"gate is on {gate.device}, expected {x.device}")
     mine, sizes = gate.shape, x.shape
-    if mine == sizes:
+    if mine == sizes or (mine == _ONE and sizes):
         return
     missing = len(sizes) - len(mine)
     if missing < 0 or any(size not in (1, whole) for size, whole in zip(mine, sizes[missing:], strict=True)):
