@@ -1,7 +1,7 @@
 """Every test, the long ones too, and the result as a page: `make test-all`, or `python -m bench.test_all`.
 
-Long are the random sequences of use in tests/test_misuse.py: the environment variable below says how many there are,
-drawn anew each time.
+Long are the random sequences of use in tests/test_misuse.py, of which an environment variable below says how many there
+are, drawn anew each time, and the cases that tests/longer.py marks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from bench import report
 
-LONG = {"FASTERCACHE_MISUSE_EXAMPLES": "300", "FASTERCACHE_ALL_TARGETS": "1"}
+LONG = {"FASTERCACHE_MISUSE_EXAMPLES": "300", "FASTERCACHE_ALL_TARGETS": "1", "FASTERCACHE_LONG": "1"}
 """What makes the tests longer than `make test` has them."""
 
 

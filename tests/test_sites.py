@@ -13,6 +13,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_utils import ModelMixin
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from longer import LONG, longer
 from models import MODELS, OTHERS, TWO_CALLS, arguments, call, cogvideox, latents_of, ready
 from released import AsymmDiTJoint, DiffusionTransformer, mochi_calls, sat_call
 from simulator import Simulator
@@ -325,7 +326,7 @@ def action_by_hand(step, kind, layer):
     return "blend" if any(named(selector, kind) for selector in step.reuse) else "compute"
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=30 if LONG else 4, deadline=None, derandomize=not LONG)
 @given(schedules())
 def test_nested_reuse_has_the_right_history_operations_and_bytes(schedule):
     """Attentions and the blocks around them reused at different steps, on CogVideoX with two layers."""
@@ -477,14 +478,14 @@ COMPILED = {
 @pytest.mark.parametrize(
     "name, case, regional",
     [
-        ("latte", "none", False),
         ("wan", "none", False),
         ("latte", "none-and-stack", True),
         ("cogvideox", "block", False),
-        ("cogvideox", "stack", False),
         ("latte", "block", True),
-        ("cogvideox", "block", True),
         ("wan", "stack", True),
+        longer("latte", "none", False),
+        longer("cogvideox", "stack", False),
+        longer("cogvideox", "block", True),
     ],
 )
 def test_compiled_reuse_is_one_graph_a_phase(name, case, regional):
