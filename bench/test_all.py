@@ -1,7 +1,8 @@
 """Every test, the long ones too, and the result as a page: `make test-all`, or `python -m bench.test_all`.
 
-Long are the random sequences of use in tests/test_misuse.py: the environment variable below says how many there are,
-drawn anew each time. In tests/test_parallel.py it is four processes, compiled blocks and jobs of torchrun.
+Long are the random sequences of use in tests/test_misuse.py, of which an environment variable below says how many there
+are, drawn anew each time, and the cases that tests/longer.py marks. In tests/test_parallel.py it is four processes,
+compiled blocks and jobs of torchrun.
 """
 
 from __future__ import annotations

@@ -172,7 +172,7 @@ def restore(target: T) -> T:
     """
     engines = _engines(target, restore)
     for engine in engines:
-        engine.refuse_under_way("restore the model")
+        engine.scopes.refuse_under_way("restore the model")
     for engine in engines:
         _remove(engine)
     return target
@@ -193,11 +193,11 @@ def warmup(target: T, *args: Any, progress: bool = True, **kwargs: Any) -> T:
         raise CompileError(
             "there is nothing to warm up: compile with a backend, as in fastercache.compile(pipe, backend='inductor')"
         )
-    if any(engine.is_disabled for engine in engines):
+    if any(engine.scopes.is_disabled for engine in engines):
         raise CompileError(
             "fastercache.warmup inside fastercache.disabled would compile nothing; leave that block first"
         )
-    if not pipelines.is_pipeline(target) and not engines[0].knows_its_runs:
+    if not pipelines.is_pipeline(target) and not engines[0].scopes.knows_its_runs:
         raise CompileError(
             "fastercache.warmup would compile nothing: this denoiser does not know how long its runs are; compile it "
             "with steps= and cfg=, or warm it up inside a block of its own: with fastercache.run(model, steps=..., "
@@ -234,7 +234,7 @@ def disabled(target: Any) -> Iterator[None]:
     of others go on."""
     with ExitStack() as stack:
         for engine in _engines(target, disabled):
-            stack.enter_context(engine.disabled())
+            stack.enter_context(engine.scopes.disabled())
         yield
 
 

@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 from diffusers.models import attention_dispatch as dispatch
+from longer import longer
 from models import MODELS, OTHERS, TWO_CALLS, arguments, call, cogvideox, hunyuan, ltx, wan
 from test_cli import error_of
 from test_video_pipelines import sample as sample_pipeline
@@ -112,8 +113,17 @@ def graphs_of(model):
 # ---- a backend by name -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("compiled", [{}, {"regional": False}, {"regional": True}])
-@pytest.mark.parametrize("by", ["option", "user"])
+@pytest.mark.parametrize(
+    "by, compiled",
+    [
+        ("option", {}),
+        ("user", {}),
+        ("option", {"regional": True}),
+        ("user", {"regional": False}),
+        longer("option", {"regional": False}),
+        longer("user", {"regional": True}),
+    ],
+)
 def test_the_backend_that_is_set_runs_in_every_phase(halved, compiled, by):
     ordinary, expected = run(cached(ltx())), run(cached(set_directly(ltx(), FLASH)))
     counter, model = CompileCounter(), ltx()
@@ -206,8 +216,17 @@ def test_what_is_not_there_is_refused(name, message, monkeypatch):
     cached(model, attention_backend="native")
 
 
-@pytest.mark.parametrize("compiled", [{}, {"backend": "eager"}, {"backend": "eager", "regional": True}])
-@pytest.mark.parametrize("by", ["option", "user"])
+@pytest.mark.parametrize(
+    "by, compiled",
+    [
+        ("option", {}),
+        ("user", {}),
+        ("option", {"backend": "eager"}),
+        ("user", {"backend": "eager", "regional": True}),
+        longer("option", {"backend": "eager", "regional": True}),
+        longer("user", {"backend": "eager"}),
+    ],
+)
 def test_a_backend_that_does_not_take_the_models_calls_is_refused_by_name(compiled, by):
     """LTX-Video gives its cross-attention a mask, which flash kernels do not know."""
     model = ltx(torch.float32)
@@ -253,7 +272,7 @@ print(fastercache.summary(model).flops.ratio, fastercache.summary(model).notes)
 # ---- a change after the graphs were made -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("regional", [False, True])
+@pytest.mark.parametrize("regional", [longer(False), True])
 def test_another_backend_gets_graphs_of_its_own(halved, regional):
     ordinary, expected = run(cached(ltx())), run(cached(set_directly(ltx(), FLASH)))
     counter = CompileCounter()
@@ -295,7 +314,9 @@ def test_a_change_in_the_middle_of_a_run_is_seen(halved):
         set_directly(model, FLASH)
         return torch.stack(before + [model(**inputs)[0] for _ in range(STEPS // 2)])
 
-    torch.testing.assert_close(halfway(cached(ltx(), backend="eager")), halfway(cached(ltx())), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        halfway(cached(ltx(), backend="eager", regional=True)), halfway(cached(ltx())), rtol=1e-10, atol=1e-12
+    )
 
 
 # ---- "auto" ----------------------------------------------------------------------------------------------------------
@@ -335,7 +356,7 @@ def test_auto_takes_the_fastest_and_times_once(install, only):
     assert state(model) == before
 
 
-@pytest.mark.parametrize("regional", [False, True])
+@pytest.mark.parametrize("regional", [longer(False), True])
 def test_auto_picks_before_the_phases_are_compiled(install, only, regional):
     inputs = call(wan(torch.float32), 4)
     expected = run(cached(wan(torch.float32)), inputs)

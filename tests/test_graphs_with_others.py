@@ -4,12 +4,14 @@ offloading."""
 from __future__ import annotations
 
 import logging
+from itertools import product
 
 import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
 from accelerate.hooks import remove_hook_from_module
 from diffusers.hooks import apply_group_offloading
+from longer import longer
 from models import MODELS, arguments, cogvideox
 from test_generic import inputs_of, skyreels
 from test_graphs import STEPS, cached, fresh, graphs_of, sample  # noqa: F401
@@ -48,7 +50,7 @@ class TestLoRA:
         model.set_adapters(["default"], [scale])
         return model.requires_grad_(False)
 
-    @pytest.mark.parametrize("regional", [False, True])
+    @pytest.mark.parametrize("regional", [longer(False), True])
     def test_loaded_before(self, regional):
         expected = sample(cached(self.add(cogvideox())))
         assert (expected - sample(cached(cogvideox()))).abs().max() > 0.01
@@ -134,7 +136,7 @@ class TestTorchao:
 
         return quantize
 
-    @pytest.mark.parametrize("regional", [False, True])
+    @pytest.mark.parametrize("regional", [longer(False), True])
     def test_quantized_before(self, quantize, regional):
         expected = sample(cached(quantize(cogvideox(torch.float32))))
         assert not torch.equal(expected, sample(cached(cogvideox(torch.float32))))
@@ -150,7 +152,7 @@ class TestTorchao:
         assert fastercache.summary(quantized).flops == fastercache.summary(plain).flops
         assert all(map(torch.equal, before, (sample(plain), sample(quantized))))
 
-    @pytest.mark.parametrize("mode", ["eager", "whole", "regional"])
+    @pytest.mark.parametrize("mode", ["eager", longer("whole"), "regional"])
     def test_quantized_after(self, quantize, mode):
         model = cached(cogvideox(torch.float32), **COMPILED[mode])
         sample(model)
@@ -192,12 +194,17 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
-@pytest.mark.parametrize("mode", COMPILED)
-@pytest.mark.parametrize("how", OFFLOADING)
-def test_offloading(how, mode, first):
+TWICE = {("model", "whole", "before"), ("block", "regional", "before")}
+"""Compiled as they are the other way round, too."""
+
+
+@pytest.mark.parametrize(
+    "how, mode, when",
+    [longer(*case) if case in TWICE else case for case in product(OFFLOADING, COMPILED, ("before", "after"))],
+)
+def test_offloading(how, mode, when):
     """With the CPU as the device, too: what hooks are there, and what they replace, is the same."""
-    model = cogvideox()
+    model, first = cogvideox(), when == "before"
     if (how, mode) in REFUSED:
         if first:
             OFFLOADING[how](model)

@@ -143,7 +143,7 @@ def test_bad_options_leave_the_model_alone(wrong):
 
 def storages(model) -> int:
     """Bytes that the caches of a compiled model hold now."""
-    scope = model._fastercache_engine._scope
+    scope = model._fastercache_engine.scopes.current
     return 0 if scope is None or scope.run is None or scope.run._cache is None else scope.run._cache.bytes
 
 

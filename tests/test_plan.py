@@ -174,7 +174,10 @@ def test_sites_may_have_coefficients_of_their_own_without_another_phase():
     assert len(plan.phases) == 2
 
 
-BLOCK_THEN_ATTENTION = (Step(), Step("both", ("block",), (1.0,)), Step("both", ("attention",), (1.5, -0.5)))
+BLOCK = Step("both", ("block",), (1.0,))
+"""A step at which attentions idle, though no selector of theirs says so."""
+BLOCK_THEN_ATTENTION = (Step(), BLOCK, Step("both", ("attention",), (1.5, -0.5)))
+FULL_COND_FULL = (Step(), Step("cond"), Step())
 
 
 @pytest.mark.parametrize(
@@ -192,6 +195,14 @@ BLOCK_THEN_ATTENTION = (Step(), Step("both", ("block",), (1.0,)), Step("both", (
         (
             BLOCK_THEN_ATTENTION,
             "step 3 blends 2 results of the joint of layer 0 .* only 1 .* let 2 steps compute it first",
+        ),
+        (
+            (*FULL_COND_FULL, BLOCK, BLOCK, Step("both", ("attention",), (3.0, -3.0, 1.0))),
+            "step 6 blends 3 results of the joint of layer 0 in the unconditional branch, but only 2 .* let 3 steps",
+        ),
+        (
+            (*FULL_COND_FULL, BLOCK, Step("both", ("attention",), (1.5, -0.5))),
+            "step 5 runs both branches and reuses the joint of layer 0, whose newest results are not of the same steps",
         ),
         (
             (Step(), Step("both", ("spatial",), (1.0,))),

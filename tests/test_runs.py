@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import warnings
 from functools import partial
@@ -14,7 +15,7 @@ from test_video_pipelines import wan_experts
 
 import fastercache
 from fastercache import CompileError, FasterCacheWarning, RunError, ScheduleError, policies
-from fastercache.runtime import engine
+from fastercache.runtime import scopes
 from fastercache.runtime.timesteps import Habits, Timesteps, place_of, read
 
 STEPS = 8
@@ -151,8 +152,8 @@ def test_two_calls_a_step_begin_anew_too():
 def test_a_run_that_goes_on_after_a_long_pause_says_so(monkeypatch):
     model = compiled()
     loop(model, 3)
-    now = engine.time.monotonic()
-    monkeypatch.setattr(engine.time, "monotonic", lambda: now + 100.0)
+    now = scopes.time.monotonic()
+    monkeypatch.setattr(scopes.time, "monotonic", lambda: now + 100.0)
     with pytest.warns(
         FasterCacheWarning, match=r"goes on at step 4 of 8, 100 s after its last call.*fastercache.release"
     ):
@@ -186,6 +187,27 @@ def test_timesteps_on_a_device_are_told_by_their_place_in_a_table():
         (torch.tensor(0), False),
     ):
         assert run.goes_back(place_of(again.expand(4)), 4, False) is back
+
+
+def test_the_short_way_of_following_timesteps_says_what_the_long_one_does():
+    """`takes` looks at most calls less closely than `goes_back` and `follow`."""
+    choice = random.Random(0)
+    for _ in range(300):
+        ways = ["value"] if choice.random() < 0.5 else []
+        habits = [Habits({"value": -1}, set(ways)) for _ in range(2)]
+        short, long = map(Timesteps, habits)
+        for i in range(6):
+            value = choice.choice((5.0, 4.0, 3.0, 2.0, float("nan")))
+            between = choice.random() < 0.2
+            now = choice.choice((read(value), read(torch.full((2,), value)), read(None)))
+            taken = not long.goes_back(now, i, between)
+            assert short.takes(now, i, between) is taken
+            if not taken:
+                break
+            long.follow(now, i)
+        for one in (short, long):
+            one.finish(6)
+        assert habits[0] == habits[1]
 
 
 # ---- threads ---------------------------------------------------------------------------------------------------------

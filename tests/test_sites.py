@@ -13,6 +13,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_utils import ModelMixin
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from longer import LONG, longer
 from models import MODELS, OTHERS, TWO_CALLS, arguments, call, cogvideox, latents_of, ready
 from released import AsymmDiTJoint, DiffusionTransformer, mochi_calls, sat_call
 from simulator import Simulator
@@ -325,7 +326,7 @@ def action_by_hand(step, kind, layer):
     return "blend" if any(named(selector, kind) for selector in step.reuse) else "compute"
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=30 if LONG else 4, deadline=None, derandomize=not LONG)
 @given(schedules())
 def test_nested_reuse_has_the_right_history_operations_and_bytes(schedule):
     """Attentions and the blocks around them reused at different steps, on CogVideoX with two layers."""
@@ -477,14 +478,14 @@ COMPILED = {
 @pytest.mark.parametrize(
     "name, case, regional",
     [
-        ("latte", "none", False),
         ("wan", "none", False),
         ("latte", "none-and-stack", True),
         ("cogvideox", "block", False),
-        ("cogvideox", "stack", False),
         ("latte", "block", True),
-        ("cogvideox", "block", True),
         ("wan", "stack", True),
+        longer("latte", "none", False),
+        longer("cogvideox", "stack", False),
+        longer("cogvideox", "block", True),
     ],
 )
 def test_compiled_reuse_is_one_graph_a_phase(name, case, regional):
@@ -531,20 +532,6 @@ def expected_graphs(model, schedule):
 def test_overlapping_sites_are_refused_by_name(reuse, message):
     model = cogvideox()
     fastercache.compile(model, Schedule((Step(), Step("both", reuse, (1.0,)))), steps=2, cfg="uncond-first")
-    with pytest.raises(ScheduleError, match=message):
-        model(**arguments(model, 2))
-
-
-def test_a_branch_that_was_never_computed_is_refused_by_name():
-    """The attention idles inside its block on the only step at which its unconditional result could have been
-    computed."""
-    steps = Step(), Step("both", ("block",), (1.0,)), Step("both", ("joint",), (1.0, 0.5))
-    model = cogvideox()
-    fastercache.compile(model, Schedule(steps), steps=3, cfg="uncond-first")
-    message = (
-        r"step 3 blends 2 results of the joint of layer 0 in the conditional branch, but "
-        r"only 1 .* let 2 steps compute it first"
-    )
     with pytest.raises(ScheduleError, match=message):
         model(**arguments(model, 2))
 

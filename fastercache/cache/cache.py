@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -35,7 +37,7 @@ class CachePlan:
     keeps_latents: bool
     dtype: torch.dtype
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         """What the rings, maps and predictions take; the vectors of coefficients, 64 bytes each, are not counted."""
         form = format_of(self.format)
@@ -88,12 +90,10 @@ def plan_cache(
     )
 
 
-@contextmanager
-def ordinary_tensors() -> Iterator[None]:
+def ordinary_tensors() -> AbstractContextManager[Any]:
     """Tensors made inside may be written to in any mode: those made under `torch.inference_mode` could not be outside
     of it."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 class Cache:

@@ -202,16 +202,15 @@ class Family(ABC):
         narrowed = dict(arguments)
         for name in self.batched_in(arguments):
             value = arguments.get(name)
-            if not isinstance(value, torch.Tensor) or value.dim() == 0 or value.shape[0] == 1 != batch:
+            if not isinstance(value, torch.Tensor) or not (shape := value.shape):
                 continue
-            if name in self.repeated and value.shape[0] == batch // 2:
-                continue
-            if value.shape[0] != batch:
+            if shape[0] == batch:
+                narrowed[name] = value[rows]
+            elif shape[0] != 1 and not (name in self.repeated and shape[0] == batch // 2):
                 raise RunError(
-                    f"argument {name!r} has {value.shape[0]} rows, but the batch has {batch}; they cannot be split in "
+                    f"argument {name!r} has {shape[0]} rows, but the batch has {batch}; they cannot be split in "
                     "branches"
                 )
-            narrowed[name] = value[rows]
         return narrowed
 
     def refuse_nested(self, arguments: Mapping[str, Any], batch: int) -> None:

@@ -4,6 +4,7 @@ imported."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -69,13 +70,12 @@ def devices_of(model: nn.Module, modules: Iterable[nn.Module]) -> list[str]:
     found -= {"cpu", "disk", "meta"}
     if len(found) > 1:
         return sorted(found)
-    # Two weights of each module tell, the first and the last: asking them all takes twice as long.
     devices = set()
     for module in modules:
-        if module._parameters:
-            weights = tuple(module._parameters.values())
-            devices.update([tensor.device for tensor in (weights[0], weights[-1]) if tensor is not None])
-    return sorted(str(device) for device in devices if device.type not in ("cpu", "meta"))
+        for tensor in module._parameters.values():
+            if tensor is not None and not tensor.is_cpu:
+                devices.add(tensor.device)
+    return sorted(str(device) for device in devices if device.type != "meta")
 
 
 def _diffusers_hooks(module: nn.Module) -> Mapping[str, Any]:
@@ -137,18 +137,16 @@ def refuse_others_at_work(model: nn.Module, modules: Sequence[nn.Module] | None 
 def state_of(modules: Iterable[nn.Module]) -> ModelState:
     """Kinds of modules and weights, and which adapters are at work: what Dynamo guards, so that a change means other
     graphs."""
-    return tuple(map(_own_state, modules))
+    return tuple([_own_state(module) for module in modules])
 
 
 def _own_state(module: nn.Module) -> tuple:
-    state: list[Any] = [type(module), _adapters(module)]
+    kind: Any = type(module)
+    state: list[Any] = [kind, _adapters(module) if _holds_adapters(kind) else None]
     for store in stores_of(module):
-        if store:
-            state += [
-                (name, type(tensor), tensor.dtype, tensor.shape, tensor.requires_grad)
-                for name, tensor in store.items()
-                if tensor is not None
-            ]
+        for name, tensor in store.items():
+            if tensor is not None:
+                state.append((name, type(tensor), tensor.dtype, tensor.shape, tensor.requires_grad))
     return tuple(state)
 
 
@@ -157,11 +155,15 @@ def stores_of(module: nn.Module) -> Sequence[dict[str, Any]]:
     return module._parameters, module._buffers
 
 
-def _adapters(layer: Any) -> tuple | None:
+@lru_cache(maxsize=1024)
+def _holds_adapters(kind: type) -> bool:
+    """Whether modules of this class are layers of peft."""
+    return hasattr(kind, "merged_adapters")
+
+
+def _adapters(layer: Any) -> tuple:
     """Of a layer of peft: which are active, merged or switched off, and their scales (a tensor's value is no part of a
     graph)."""
-    if not hasattr(type(layer), "merged_adapters"):
-        return None
     scales = {
         name: scale if isinstance(scale, (int, float)) else None
         for name, scale in getattr(layer, "scaling", {}).items()
@@ -174,8 +176,10 @@ def adapters_at_work(model: nn.Module) -> dict[str, tuple[float, bool]]:
     they are merged into the weights there."""
     found: dict[str, tuple[float, bool]] = {}
     for layer in modules_of(model):
-        if (state := _adapters(layer)) is not None and not state[2]:
-            active, merged, _, scaling = state
+        if not _holds_adapters(type(layer)):
+            continue
+        active, merged, disabled, scaling = _adapters(layer)
+        if not disabled:
             for name, scale in scaling:
                 if scale is not None and name in (*active, *merged):
                     found.setdefault(name, (float(scale), name in merged))

@@ -44,6 +44,7 @@ LEFT_OUT = frozenset(
 """Of a module's attributes: what offloading, caching, compilation and a division between processes have put there."""
 MOST_KNOWN = 2**20
 """Elements up to which a tensor made inside a call on shapes has its values."""
+_META = torch.device("meta")
 MOST_KEPT = 64
 """Elements up to which an argument of one dimension, as a timestep is, keeps its values for a later count."""
 
@@ -57,11 +58,17 @@ def on_meta(arguments: Mapping[str, Any]) -> dict[str, Any]:
     def kept(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
-        if value.dim() <= 1 and value.numel() <= MOST_KEPT and value.device.type != "meta":
+        if value.dim() <= 1 and value.numel() <= MOST_KEPT and not value.is_meta:
             return value.detach().clone()
-        return torch.empty(value.shape, dtype=value.dtype, device="meta")
+        return torch.empty(value.shape, dtype=value.dtype, device=_META)
 
-    return tree_map(kept, dict(arguments))
+    # A tree is walked only where there is one.
+    return {
+        name: kept(value)
+        if value is None or isinstance(value, (torch.Tensor, str, float, int))
+        else tree_map(kept, value)
+        for name, value in arguments.items()
+    }
 
 
 class AllTokensCount(TorchFunctionMode):

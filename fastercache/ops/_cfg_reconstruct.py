@@ -81,14 +81,14 @@ def cfg_reconstruct(
         TypeError: a dtype is wrong.
     """
     check_dtype("cond", cond)
-    shape, device = cond.shape, cond.device
+    shape, dtype, device = cond.shape, cond.dtype, cond.device
     if not shape:
         raise ValueError("cond has no dimension, expected [n, ...]")
-    check_tensor("out", out, (2 * shape[0], *shape[1:]), cond.dtype, device)
+    check_tensor("out", out, (2 * shape[0], *shape[1:]), dtype, device)
     check_contiguous("out", out)
-    check_maps(low, high, cond, shape)
+    check_maps(low, high, shape, dtype, device)
     if previous is not None:
-        check_map("previous", previous, cond, shape)
+        check_map("previous", previous, shape, dtype, device)
     check_coefficients(coefficients, device)
     if cond_half not in (0, 1):
         raise ValueError(f"cond_half is {cond_half!r}, expected 0 (conditional rows first) or 1 (last)")

@@ -50,11 +50,11 @@ def cfg_split(low: torch.Tensor, high: torch.Tensor, uncond: torch.Tensor, cond:
         TypeError: a dtype is wrong, or the radius is not an int.
     """
     check_dtype("uncond", uncond)
-    shape = uncond.shape
+    shape, dtype, device = uncond.shape, uncond.dtype, uncond.device
     if len(shape) < 2:
         raise ValueError(f"uncond has shape {list(shape)}, expected [..., H, W]")
-    check_tensor("cond", cond, shape, uncond.dtype, uncond.device)
-    check_maps(low, high, uncond, shape)
+    check_tensor("cond", cond, shape, dtype, device)
+    check_maps(low, high, shape, dtype, device)
     check_radius(radius, shape[-2], shape[-1])
     _cfg_split(low, high, uncond, cond, radius)
 

@@ -19,8 +19,8 @@ from fastercache.triton_kernels.packed import (
 def _blend_examples(sizes: Sizes) -> Arguments:
     for channels, bits in sizes.rings:
         yield (
-            sizes.zeros(16, channels),
-            sizes.zeros(16, line_bytes(channels, bits), dtype=torch.uint8),
+            sizes.zeros(sizes.lines, channels),
+            sizes.zeros(sizes.lines, line_bytes(channels, bits), dtype=torch.uint8),
             sizes.coefficients(),
             bits,
         )

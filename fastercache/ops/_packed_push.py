@@ -18,7 +18,11 @@ from fastercache.triton_kernels.packed import (
 
 def _push_examples(sizes: Sizes) -> Arguments:
     for channels, bits in sizes.rings:
-        yield sizes.zeros(16, line_bytes(channels, bits), dtype=torch.uint8), sizes.zeros(16, channels), bits
+        yield (
+            sizes.zeros(sizes.lines, line_bytes(channels, bits), dtype=torch.uint8),
+            sizes.zeros(sizes.lines, channels),
+            bits,
+        )
 
 
 def _residual_examples(sizes: Sizes) -> Arguments:

@@ -21,12 +21,17 @@ from fastercache.triton_kernels.ring_blend import (
 
 def _blend_examples(sizes: Sizes) -> Arguments:
     for channels in sizes.channels:
-        yield sizes.zeros(16, channels), sizes.zeros(2, 16, channels), sizes.coefficients()
+        yield sizes.zeros(sizes.lines, channels), sizes.zeros(2, sizes.lines, channels), sizes.coefficients()
 
 
 def _blend_add_examples(sizes: Sizes) -> Arguments:
     for channels in sizes.channels:
-        yield sizes.zeros(16, channels), sizes.zeros(1), sizes.zeros(2, 16, channels), sizes.coefficients()
+        yield (
+            sizes.zeros(sizes.lines, channels),
+            sizes.zeros(1),
+            sizes.zeros(2, sizes.lines, channels),
+            sizes.coefficients(),
+        )
 
 
 _ring_blend = define(

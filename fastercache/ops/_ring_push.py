@@ -17,7 +17,7 @@ from fastercache.triton_kernels.ring_push import (
 
 def _push_examples(sizes: Sizes) -> Arguments:
     for channels in sizes.channels:
-        yield sizes.zeros(2, 16, channels), sizes.zeros(16, channels), sizes.coefficients()
+        yield sizes.zeros(2, sizes.lines, channels), sizes.zeros(sizes.lines, channels), sizes.coefficients()
     if sizes.prediction:
         dtype = map_dtype(sizes.dtype)
         yield (
@@ -29,7 +29,12 @@ def _push_examples(sizes: Sizes) -> Arguments:
 
 def _residual_examples(sizes: Sizes) -> Arguments:
     for channels in sizes.channels:
-        yield sizes.zeros(2, 16, channels), sizes.zeros(16, channels), sizes.zeros(16, channels), sizes.coefficients()
+        yield (
+            sizes.zeros(2, sizes.lines, channels),
+            sizes.zeros(sizes.lines, channels),
+            sizes.zeros(sizes.lines, channels),
+            sizes.coefficients(),
+        )
 
 
 _ring_push = define(

@@ -21,6 +21,7 @@ def map_dtype(dtype: torch.dtype) -> torch.dtype:
     return _triton.compute_dtype(dtype)
 
 
+_ONE = torch.Size((1,))
 _SHAPE_OF_COEFFICIENTS = torch.Size((COEFFICIENT_COUNT,))
 _MAP_DTYPES = {dtype: map_dtype(dtype) for dtype in DTYPES}
 
@@ -101,7 +102,7 @@ def check_gated(x: torch.Tensor, gate: torch.Tensor) -> None:
     if gate.device != x.device:
         raise ValueError(f"gate is on {gate.device}, expected {x.device}")
     mine, sizes = gate.shape, x.shape
-    if mine == sizes:
+    if mine == sizes or (mine == _ONE and sizes):
         return
     missing = len(sizes) - len(mine)
     if missing < 0 or any(size not in (1, whole) for size, whole in zip(mine, sizes[missing:], strict=True)):
@@ -125,21 +126,22 @@ def check_packed(ring: torch.Tensor, values: torch.Tensor, name: str, bits: int)
     check_contiguous("ring", ring)
 
 
-def check_maps(low: torch.Tensor, high: torch.Tensor, like: torch.Tensor, shape: torch.Size) -> None:
-    dtype, device = _MAP_DTYPES[like.dtype], like.device
+def check_maps(
+    low: torch.Tensor, high: torch.Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Of values of that shape, dtype and device."""
+    kept = _MAP_DTYPES[dtype]
     if low is high:
         raise ValueError("low and high are one tensor, expected two")
-    alike = (
-        low.shape == shape == high.shape and low.dtype is dtype is high.dtype and low.device == device == high.device
-    )
+    alike = low.shape == shape == high.shape and low.dtype is kept is high.dtype and low.device == device == high.device
     if alike and low.is_contiguous() and high.is_contiguous():
         return
-    for name, one in (("low", low), ("high", high)):
-        check_map(name, one, like, shape)
+    check_map("low", low, shape, dtype, device)
+    check_map("high", high, shape, dtype, device)
 
 
-def check_map(name: str, one: torch.Tensor, like: torch.Tensor, shape: torch.Size) -> None:
-    check_tensor(name, one, shape, _MAP_DTYPES[like.dtype], like.device)
+def check_map(name: str, one: torch.Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+    check_tensor(name, one, shape, _MAP_DTYPES[dtype], device)
     check_contiguous(name, one)
 
 

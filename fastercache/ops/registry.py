@@ -29,6 +29,7 @@ class Sizes:
         rings: channels of each kind of ring, and bits of a packed difference.
         planes: height and width of a prediction's planes, and the radius, for the ops on guidance.
         prediction: shape of a kept prediction.
+        lines: of channels, in the arguments that `Op.examples` gives.
     """
 
     device: torch.device
@@ -36,6 +37,7 @@ class Sizes:
     rings: tuple[tuple[int, int], ...] = ()
     planes: tuple[int, int, int] | None = None
     prediction: tuple[int, ...] | None = None
+    lines: int = 16
 
     @property
     def channels(self) -> list[int]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 from fastercache.report.run_flops import RunFlops
-from fastercache.schedule.plan import Action, Plan, PlannedStep
+from fastercache.schedule.plan import Action, Plan
 from fastercache.schedule.sites import RESIDUAL_KINDS
 
 
@@ -132,6 +133,7 @@ class Summary:
         return "\n".join(line for line in lines if line)
 
 
+@lru_cache(maxsize=16)
 def count_sites(plan: Plan, steps_done: int) -> tuple[SiteSteps, ...]:
     """Tally the steps made by branch and kind of site.
 
@@ -172,9 +174,12 @@ def _ranges(layers: Sequence[int]) -> str:
     return ",".join(f"{first}:{stop}" for first, stop in found)
 
 
-def ops_called(plan: Plan, steps: Sequence[PlannedStep], rings: str) -> set[str]:
-    """Names of the ops that steps of a plan call. rings: the prefix of those on its rings, "ring" or "packed"."""
-    called = set()
+@lru_cache(maxsize=16)
+def ops_called(plan: Plan, steps_done: int, rings: str) -> tuple[str, ...]:
+    """Names of the ops that the first steps of a plan call, in order. rings: the prefix of those on its rings, "ring"
+    or "packed"."""
+    called: set[str] = set()
+    steps = plan.steps[:steps_done]
     for number in {step.phase for step in steps if step.phase is not None}:
         for site, cadence in zip(plan.sites, plan.cadence_of, strict=True):
             mode, residual = plan.phases[number].modes[cadence], site.kind in RESIDUAL_KINDS
@@ -187,7 +192,7 @@ def ops_called(plan: Plan, steps: Sequence[PlannedStep], rings: str) -> set[str]
         called |= {"cfg_reconstruct"} if step.rebuild else set()
         called |= {"ring_push"} if step.push_prediction else set()
         called |= {"prediction_blend"} if step.sum_prediction else set()
-    return called
+    return tuple(sorted(called))
 
 
 def combined_share(parts: Sequence[Share]) -> Share | None:

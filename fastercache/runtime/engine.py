@@ -1,4 +1,4 @@
-"""The accelerated state of one model: which call belongs to which run, and what a run begins with.
+"""The accelerated state of one model, and what a run of it begins with.
 
 Nothing is decided here while sampling. A run begins with the first call of the denoiser, when the shapes are known: the
 schedule becomes a plan, the caches are allocated, the table of coefficients is uploaded.
@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import inspect
 import logging
-import threading
-import time
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any, NoReturn
@@ -34,8 +31,8 @@ from fastercache.runtime.gated import GatedModel
 from fastercache.runtime.graphs import GraphOptions, input_signature
 from fastercache.runtime.host import Host
 from fastercache.runtime.run import Run, RunSpec, input_key
+from fastercache.runtime.scopes import Scope, Scopes
 from fastercache.runtime.summary import summary_of
-from fastercache.runtime.timesteps import Habits, Reading, Timesteps, read
 from fastercache.schedule.branches import BranchLayout
 from fastercache.schedule.carried import Carried
 from fastercache.schedule.plan import Plan, make_plan
@@ -45,58 +42,19 @@ from fastercache.schedule.signature import Signature
 
 logger = logging.getLogger("fastercache")
 
-LONG_PAUSE = 30.0
-"""Seconds between two calls of a run outside any scope after which it is said that the run goes on."""
-
 MOST_PLANNED = 16
 """Kinds of calls whose plans of caches are kept: planning them again takes longer than all that a run does else."""
-
-_DISABLED: ContextVar[frozenset[Engine]] = ContextVar("fastercache_disabled", default=frozenset())
-"""The engines that are switched off in this thread, or in this task of it."""
 
 
 class WarmedUp(Exception):
     """Leaves the pipeline's call that `Engine.warming_up` began, once every phase has run."""
 
 
-class Scope:
-    """The calls that belong to one run: those of a pipeline's call or of a `with` block, or a count of them outside of
-    any.
-
-    what: the block, for messages; "" outside of any. thread: the one that opened it. run: made at the first call.
-    timesteps, last_call: outside a block, what the calls have shown and when the last of them ended.
-    """
-
-    def __init__(self, describe: Callable[[], RunSpec], habits: Habits, what: str = ""):
-        self.describe, self.what = describe, what
-        self.thread = threading.current_thread()
-        self.run: Run | None = None
-        self.timesteps = Timesteps(habits)
-        self.last_call: float | None = None
-        self.longest_pause = 0.0
-        self.failed: str | None = None
-
-    @property
-    def position(self) -> int:
-        return 0 if self.run is None else self.run.position
-
-    @property
-    def steps(self) -> int:
-        return 0 if self.run is None else len(self.run)
-
-    @property
-    def mine(self) -> bool:
-        """Whether it belongs to the thread that asks."""
-        return self.thread is threading.current_thread()
-
-
 class Engine:
     """Made by `fastercache.compile`; `detach` leaves the model as it was.
 
-    A run belongs to the thread that began it: calls of other threads are refused until it ends, and pass it by inside
-        `disabled`.
-    pipelines: those whose calls are runs of this engine. last: the summary of the last run. warmed_up: whether the last
-    `warming_up` came to compile anything.
+    scopes: which call belongs to which run. pipelines: those whose calls are runs of this engine. last: the summary of
+    the last run. warmed_up: whether the last `warming_up` came to compile anything.
     """
 
     def __init__(
@@ -116,11 +74,8 @@ class Engine:
         self.pipelines: list[weakref.ref[Any]] = []
         self.warmed_up = False
         self._on_phase: Callable[[int, int], None] | None = None
-        self._scope: Scope | None = None
-        self._lock = threading.Lock()
-        self._calling: threading.Thread | None = None
-        self._habits = Habits()
-        self._said_uncached = self._said_doubtful = False
+        self._said_doubtful = False
+        self.scopes = Scopes(type(model).__name__, family.time, default, self._at_end)
         self._parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self._plans: dict[RunSpec, Plan] = {}
         self._tables: dict[tuple[int, torch.device], tuple[torch.Tensor, ...]] = {}
@@ -140,32 +95,22 @@ class Engine:
             self.detach()
             raise
 
-    def refuse_under_way(self, what: str) -> None:
-        """`RunError` while a run is under way in a block, or a call is being made, in any thread."""
-        if self._calling is not None or (self._block is not None and self._block.thread.is_alive()):
-            raise RunError(f"a run is under way; {what} after it has ended")
-
-    @property
-    def _block(self) -> Scope | None:
-        """The scope, if it is that of a block."""
-        return self._scope if self._scope is not None and self._scope.what else None
-
     def detach(self) -> None:
         """Take every patch out and free the caches. Refused while a run is under way in a block."""
-        self.refuse_under_way("restore the model")
+        self.scopes.refuse_under_way("restore the model")
         if self._patch is not None:
             self._patch.remove()
         self.gated.detach()
         self.host.detach()
-        self._scope = None
+        self.scopes.current = None
         self._caches.free()
         self._tables.clear()
 
     def release(self) -> None:
         """Free the caches: of a run that was left before its last step, and those that graphs keep. Refused while a run
         is under way."""
-        self.refuse_under_way("release its caches, which it needs,")
-        self._end("released before its last step")
+        self.scopes.refuse_under_way("release its caches, which it needs,")
+        self.scopes.end("released before its last step")
         self._caches.free()
 
     # ---- what a run begins with --------------------------------------------------------------------------------------
@@ -185,7 +130,7 @@ class Engine:
         plan = self.plan_for(spec)
         if isinstance(self.schedule, Carried):
             notes.append(self.schedule.choice(spec.steps, layout.guided, spec.scheduler)[1])
-        if layout.guided and not layout.two_calls and any(step.rebuild for step in plan.steps):
+        if layout.guided and not layout.two_calls and plan.maps:
             # What cannot be split is said now.
             family.refuse_nested(arguments, batch)
             family.narrow(arguments, batch, layout.rows(batch, ("cond",)))
@@ -287,7 +232,7 @@ class Engine:
         lines = {(ring.shape[-1], form.bits(ring)) for ring in planned.rings if form.ops}
         shape = planned.map_shape
         planes = (shape[-2], shape[-1], min(shape[-2:]) // plan.schedule.radius_divisor) if shape else None
-        called = sorted(ops_called(plan, plan.steps, form.ops))
+        called = ops_called(plan, len(plan.steps), form.ops)
         return ops.prepare(called, device, dtype, lines, planes, planned.prediction_shape or None)
 
     def _cache_for(
@@ -400,7 +345,7 @@ class Engine:
         schedule = schedule if spec.part is None else schedule.part(*spec.part)
         return make_plan(schedule, spec.layout.guided, self.gated.tree, self.family.name)
 
-    # ---- scopes ------------------------------------------------------------------------------------------------------
+    # ---- from the first call to the last -----------------------------------------------------------------------------
 
     @contextmanager
     def scope(self, describe: Callable[[], RunSpec], what: str, may_be_idle: bool = False) -> Iterator[None]:
@@ -409,75 +354,12 @@ class Engine:
 
         what: the block, for that warning.
         """
-        if self in _DISABLED.get():
+        if self.scopes.is_disabled:
             yield
             return
         refuse_others_at_work(self.model)
-        with self._lock:
-            self._leave_scope_of_dead_thread()
-            if self._block is not None:
-                where = "this thread" if self._block.mine else "another thread"
-                raise RunError(
-                    f"a run of this {type(self.model).__name__} is already under way in {where}; let it end first, or "
-                    "compile a second copy of the model for a second run at the same time"
-                )
-            self._leave_unfinished("a run in a scope begins")
-            scope = self._scope = Scope(describe, self._habits, what)
-        try:
+        with self.scopes.block(describe, what, may_be_idle):
             yield
-        except BaseException:
-            self._end_block(scope, f"ended by an error after {scope.position} steps")
-            raise
-        else:
-            self._end_block(scope, "idle" if may_be_idle and scope.run is None else None)
-
-    def _end_block(self, scope: Scope, note: str | None) -> None:
-        if self._scope is scope:  # else that of a thread that had died inside it, found at last
-            self._end(note)
-
-    def _leave_scope_of_dead_thread(self) -> None:
-        if self._block is not None and not self._block.thread.is_alive():
-            self._leave_unfinished("its thread has ended")
-
-    def _leave_unfinished(self, why: str) -> None:
-        """End a run that was left before its last step, and say so. `RunError` if it may be still under way in another
-        thread."""
-        scope = self._scope
-        if scope is None:
-            return
-        name = type(self.model).__name__
-        if not scope.mine and scope.thread.is_alive():
-            raise RunError(
-                f"this {name} is in a run of another thread, which has made {scope.position} of {scope.steps} steps; "
-                "a run owns its model until it ends: let it end, give it up by fastercache.release, or compile a "
-                "second copy of the model"
-            )
-        self._end(f"left after {scope.position} steps")
-        warn(f"a run of {name} was left after {scope.position} of {scope.steps} steps: {why}")
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Calls of this thread inside go straight to the model. Refused inside a run of its own, whose steps would no
-        longer add up."""
-        if self._block is not None and self._block.mine:
-            raise RunError("a run is under way; disable caching before it begins or after it has ended")
-        before = _DISABLED.get()
-        _DISABLED.set(before | {self})
-        try:
-            yield
-        finally:
-            if self not in before:
-                _DISABLED.set(_DISABLED.get() - {self})
-
-    @property
-    def is_disabled(self) -> bool:
-        """Whether this thread is inside `disabled`."""
-        return self in _DISABLED.get()
-
-    @property
-    def knows_its_runs(self) -> bool:
-        """Whether a call that is made now belongs to a run."""
-        return self.default is not None or self._block is not None
 
     @contextmanager
     def warming_up(self, on_phase: Callable[[int, int], None]) -> Iterator[None]:
@@ -502,11 +384,9 @@ class Engine:
             run.rehearse(original, arguments, number, times)
         raise WarmedUp
 
-    def _end(self, note: str | None) -> None:
-        scope, self._scope = self._scope, None
+    def _at_end(self, scope: Scope, note: str | None) -> None:
+        """A scope has ended. note: how, where that was not after its last step."""
         self.gated.close()
-        if scope is None:
-            return
         run = scope.run
         if run is None:
             if note is None:
@@ -530,38 +410,23 @@ class Engine:
         if not run.plan.skips_nothing and note is None and run.done and not self.last.skipped_anything:
             warn(f"schedule {run.plan.schedule.name!r} was meant to skip work, but nothing was skipped")
 
-    # ---- calls -------------------------------------------------------------------------------------------------------
-
     def _at_model(self, original: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        if self in _DISABLED.get():
+        scopes, arguments = self.scopes, kwargs
+        if scopes.is_disabled:
             return original(*args, **kwargs)
-        arguments = dict(zip(self._parameters, args, strict=False)) | kwargs
-        if len(arguments) != len(args) + len(kwargs):
-            inspect.signature(original).bind(*args, **kwargs)  # says what is given twice, or is one too many
-        with self._lock:
-            self._leave_scope_of_dead_thread()
-            scope = self._block or self._scope_outside(arguments)
-            if scope is not None:
-                if not scope.mine:
-                    raise RunError(
-                        f"this {type(self.model).__name__} is in a run of another thread; a run owns its model until "
-                        "it ends"
-                    )
-                self._calling = scope.thread
+        if args:
+            arguments = dict(zip(self._parameters, args, strict=False)) | kwargs
+            if len(arguments) != len(args) + len(kwargs):
+                inspect.signature(original).bind(*args, **kwargs)  # says what is given twice, or is one too many
+        scope = scopes.enter(arguments)
         if scope is None:
             return original(*args, **kwargs)
         try:
             output = self._call(scope, original, arguments)
         except BaseException:
-            if not scope.what:
-                self._end(f"ended by an error after {scope.position} steps")
+            scopes.leave(scope, failed=True)
             raise
-        finally:
-            self._calling = None
-        scope.last_call = time.monotonic()
-        if not scope.what and scope.run is not None and scope.run.done:
-            scope.timesteps.finish(len(scope.run))
-            self._end(None)
+        scopes.leave(scope, failed=False)
         return output
 
     def _call(self, scope: Scope, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
@@ -581,6 +446,8 @@ class Engine:
                 processes = self.host.processes
                 with nullcontext() if processes is None else processes.beginning():
                     scope.run = self._begin(scope.describe(), arguments)
+            elif scope.what:  # outside of any block the call was looked at to find its run
+                scope.run.check(arguments)
             if self._on_phase is not None:
                 self._warm_up(scope.run, original, arguments)
             return scope.run.call(original, arguments)
@@ -593,50 +460,6 @@ class Engine:
             if refusal is not None:
                 raise refusal from error
             raise
-
-    def _scope_outside(self, arguments: dict[str, Any]) -> Scope | None:
-        """The scope a call outside any block belongs to: every `steps` calls are one, unless a call shows that the run
-        before was left."""
-        if self.default is None:
-            if not self._said_uncached:
-                self._said_uncached = True
-                warn(
-                    f"{type(self.model).__name__} was called outside a run, so it ran uncached: call its pipeline, "
-                    "enter fastercache.run(model, steps=..., cfg=...), or compile with steps= and cfg="
-                )
-            return None
-        timestep = read(arguments.get(self.family.time))
-        if (scope := self._scope) is not None and (why := self._why_left(scope, arguments, timestep)) is not None:
-            self._leave_unfinished(f"{why}, so a new run begins")
-        if self._scope is None:
-            default = self.default
-            self._scope = Scope(lambda: default, self._habits)
-        self._scope.timesteps.follow(timestep, self._scope.position)
-        return self._scope
-
-    def _why_left(self, scope: Scope, arguments: dict[str, Any], timestep: Reading) -> str | None:
-        """Why a call outside any block cannot be the next of this run, or `None`. After a long pause it warns that the
-        run goes on."""
-        if not scope.mine:
-            return "its thread has ended"
-        if scope.run is not None and input_key(self.gated, arguments) != scope.run.key:
-            return "the next call has inputs of another shape, dtype or device"
-        name = type(self.model).__name__
-        between = scope.run is not None and scope.run.guidance.between_calls
-        if scope.timesteps.goes_back(timestep, scope.position, between):
-            return (
-                f"the timestep went back or began again; compile {name} with the number of steps that its loops have, "
-                "or enter fastercache.run(model, steps=..., cfg=...) around each loop"
-            )
-        pause = 0.0 if scope.last_call is None else time.monotonic() - scope.last_call
-        if pause > max(LONG_PAUSE, 20 * scope.longest_pause):
-            warn(
-                f"a run of {name} goes on at step {scope.position + 1} of {scope.steps}, {pause:.0f} s after its last "
-                "call: if this is another video, call fastercache.release before it, or enter fastercache.run(model, "
-                "steps=..., cfg=...) around each loop"
-            )
-        scope.longest_pause = max(scope.longest_pause, pause)
-        return None
 
 
 def _check_frames(spec: RunSpec, model: nn.Module, latents: torch.Tensor) -> None:

@@ -13,7 +13,16 @@ from fastercache.errors import CompileError
 from fastercache.models.family import Family
 from fastercache.models.patching import ForwardPatch
 from fastercache.models.site import Site
-from fastercache.runtime.gates import BlockGate, CadenceState, FeedingGate, GateMode, Interval, ModuleGate, Part
+from fastercache.runtime.gates import (
+    BlockGate,
+    CadenceState,
+    FeedingGate,
+    GateMode,
+    Interval,
+    ModuleGate,
+    Part,
+    mode_of,
+)
 from fastercache.runtime.graphs import GraphOptions, Graphs, PhaseGraphs, input_signature
 from fastercache.schedule.branches import Branch, BranchLayout
 from fastercache.schedule.plan import Plan
@@ -21,6 +30,49 @@ from fastercache.schedule.sites import RESIDUAL_KINDS
 
 Modes = tuple[tuple[GateMode, tuple[Part, ...]], ...]
 """Of each cadence: what its gates do."""
+MOST_KNOWN = 16
+"""Plans of which is kept what they mean for the gates."""
+
+
+class _Acting:
+    """What the sites of a model do in the runs of one plan: worked out when first asked for, as it takes longer than a
+    step's own work."""
+
+    def __init__(self, plan: Plan, layout: BranchLayout, sites: Sequence[Site], blocks: Sequence[str]):
+        self.plan, self.layout, self._sites = plan, layout, sites
+        self.used = [index for index, number in enumerate(plan.cadence_of) if plan.cadences[number].slots]
+        """The sites that ever blend."""
+        self.gates_blocks = any(sites[index].kind in RESIDUAL_KINDS for index in self.used)
+        self.kinds = self._kinds_of_blocks(blocks)
+        self.modes: dict[tuple[int, tuple[Branch, ...]], Modes] = {}
+        """By phase and the branches that a call runs."""
+        self._runs_blocks: dict[int, bool] = {}
+
+    def modes_of(self, phase: int, branches: tuple[Branch, ...]) -> Modes:
+        self.modes[phase, branches] = modes = tuple(
+            mode_of(cadence, mode, branches, self.layout)
+            for cadence, mode in zip(self.plan.cadences, self.plan.phases[phase].modes, strict=True)
+        )
+        return modes
+
+    def runs_blocks(self, phase: int) -> bool:
+        """Whether any block computes in a phase, where blocks are sites: otherwise it has no graph of a block."""
+        if phase not in self._runs_blocks:
+            modes, numbers = self.plan.phases[phase].modes, self.plan.cadence_of
+            blocks = [
+                modes[number].action for site, number in zip(self._sites, numbers, strict=True) if site.kind == "block"
+            ]
+            self._runs_blocks[phase] = "compute" in blocks or not blocks
+        return self._runs_blocks[phase]
+
+    def _kinds_of_blocks(self, blocks: Sequence[str]) -> list[Hashable]:
+        """What tells the blocks apart that need graphs of their own: the cadences of the sites inside."""
+        kinds: dict[str, list[Hashable]] = {path: [] for path in blocks}
+        for index, site in enumerate(self._sites):
+            if site.kind not in RESIDUAL_KINDS:
+                path = next(path for path in blocks if site.path.startswith(f"{path}."))
+                kinds[path].append((site.kind, self.plan.cadence_of[index]))
+        return [tuple(kind) for kind in kinds.values()]
 
 
 class GatedModel:
@@ -39,8 +91,8 @@ class GatedModel:
         self._patches: list[ForwardPatch] = []
         self._open: list[ModuleGate | Interval] = []
         self._states: list[CadenceState] = []
-        self._modes: dict[tuple[int, tuple[Branch, ...]], Modes] = {}
-        self._runs_blocks: dict[int, bool] = {}
+        self._known: list[_Acting] = []
+        self._now: Modes | None = None
         self.graphs = PhaseGraphs(model, options, blocks) if options is not None else None
         self._graphs: dict[tuple[int, tuple[Branch, ...]], Graphs] = {}
 
@@ -60,22 +112,31 @@ class GatedModel:
     # ---- gates -------------------------------------------------------------------------------------------------------
 
     def open(self, plan: Plan, cache: Cache, layout: BranchLayout) -> None:
-        """Let the sites act by a plan from now on, on these caches."""
-        self._plan, self._format, self._layout = plan, cache.plan.format, layout
+        """Let the sites act by a plan from now on, on these caches, in the calls of this thread."""
+        self._acting, self._format = self._acting_by(plan, layout), cache.plan.format
+        vectors, thread = cache.vectors, threading.get_ident()
         self._states = [
-            CadenceState(tuple(cache.vectors[i] for i in cadence.coefficients)) for cadence in plan.cadences
+            CadenceState(tuple([vectors[i] for i in cadence.coefficients]), thread=thread) for cadence in plan.cadences
         ]
-        self._modes.clear()
+        self._now = None
         self._graphs.clear()
-        used = [index for index, number in enumerate(plan.cadence_of) if plan.cadences[number].slots]
-        if any(self.sites[index].kind in RESIDUAL_KINDS for index in used):
+        if self._acting.gates_blocks:
             self._gate_blocks()
-        for index in used:
+        for index in self._acting.used:
             gate = self._gate(index)
             gate.open(self._states[plan.cadence_of[index]], cache.rings(index))
             self._open.append(gate)
         if self.graphs is not None:
-            self.graphs.set_kinds(self._kinds_of_blocks(plan))
+            self.graphs.set_kinds(self._acting.kinds)
+
+    def _acting_by(self, plan: Plan, layout: BranchLayout) -> _Acting:
+        for known in self._known:
+            if known.plan is plan and known.layout is layout:
+                return known
+        if len(self._known) >= MOST_KNOWN:
+            del self._known[0]
+        self._known.append(_Acting(plan, layout, self.sites, self._blocks))
+        return self._known[-1]
 
     def close(self) -> None:
         """Let the sites compute, and hold no cache."""
@@ -83,7 +144,7 @@ class GatedModel:
             gate.open(None, ())
         self._open.clear()
         self._states.clear()
-        self._modes.clear()
+        self._now = None
         self._graphs.clear()
 
     def detach(self) -> None:
@@ -124,15 +185,6 @@ class GatedModel:
             regional = self.graphs is not None and self.graphs.options.regional
             self._patches.append(ForwardPatch(block.module, gate, traced=not regional))
 
-    def _kinds_of_blocks(self, plan: Plan) -> list[Hashable]:
-        """What tells the blocks apart that need graphs of their own: the cadences of the sites inside."""
-        kinds: dict[str, list[Hashable]] = {path: [] for path in self._blocks}
-        for index, site in enumerate(self.sites):
-            if site.kind not in RESIDUAL_KINDS:
-                path = next(path for path in self._blocks if site.path.startswith(f"{path}."))
-                kinds[path].append((site.kind, plan.cadence_of[index]))
-        return [tuple(kind) for kind in kinds.values()]
-
     # ---- calls -------------------------------------------------------------------------------------------------------
 
     def forward(
@@ -146,39 +198,22 @@ class GatedModel:
         """Call the model, with its sites in a phase of the plan. branches: whose rows the arguments hold. context: of
         the host's, that graphs depend on."""
         key = phase, branches
-        modes = self._modes.get(key)
-        if modes is None:
-            modes = self._modes[key] = self._modes_of(phase, branches)
-            self._runs_blocks[phase] = self._blocks_run(phase)
-        thread = threading.get_ident()
-        for state, (mode, parts) in zip(self._states, modes, strict=True):
-            state.mode, state.parts, state.thread = mode, parts, thread
+        modes = self._acting.modes.get(key) or self._acting.modes_of(phase, branches)
+        if modes is not self._now:
+            self._now = modes
+            for state, (mode, parts) in zip(self._states, modes, strict=True):
+                state.mode, state.parts = mode, parts
         if self.graphs is None:
             return original(**arguments)
         graphs = self._graphs.get(key)
         if graphs is None:
             inputs = (context, *input_signature(arguments))
             graphs = self._graphs[key] = self.graphs.of(inputs, self._identity(phase, branches))
-        return self.graphs.call(original, graphs, arguments, self._runs_blocks[phase])
-
-    def _blocks_run(self, phase: int) -> bool:
-        """Whether any block computes in a phase, where blocks are sites: otherwise it has no graph of a block."""
-        modes, numbers = self._plan.phases[phase].modes, self._plan.cadence_of
-        blocks = [
-            modes[number].action for site, number in zip(self.sites, numbers, strict=True) if site.kind == "block"
-        ]
-        return "compute" in blocks or not blocks
-
-    def _modes_of(self, phase: int, branches: tuple[Branch, ...]) -> Modes:
-        plan = self._plan
-        return tuple(
-            state.parts_for(cadence, mode, branches, self._layout)
-            for state, cadence, mode in zip(self._states, plan.cadences, plan.phases[phase].modes, strict=True)
-        )
+        return self.graphs.call(original, graphs, arguments, self._acting.runs_blocks(phase))
 
     def _identity(self, phase: int, branches: tuple[Branch, ...]) -> Hashable:
         """Everything in plan and caches that a graph of this phase depends on: the same for every plan for which it is
         the same graph."""
-        plan = self._plan
+        plan = self._acting.plan
         kept = tuple((cadence.slots, cadence.branches, len(cadence.coefficients)) for cadence in plan.cadences)
-        return self._layout.order, self._format, plan.cadence_of, kept, plan.phases[phase].modes, branches
+        return self._acting.layout.order, self._format, plan.cadence_of, kept, plan.phases[phase].modes, branches

@@ -25,10 +25,10 @@ GateMode = Literal["compute", "push", "blend"]
 
 
 class Part(NamedTuple):
-    """One blend or push: with which coefficients, `[COEFFICIENT_COUNT]` float32, and about which half of the ring's
-    rows and of the output's."""
+    """One blend or push: with which of its cadence's vectors of coefficients, and about which half of the ring's rows
+    and of the output's."""
 
-    coefficients: torch.Tensor
+    vector: int
     ring_half: int | None
     output_half: int | None
 
@@ -51,24 +51,23 @@ class CadenceState:
         """Whether the sites do anything but compute in this call."""
         return self.mode != "compute" and (torch.compiler.is_dynamo_compiling() or self.thread == threading.get_ident())
 
-    def parts_for(
-        self, cadence: Cadence, mode: SiteMode, branches: tuple[Branch, ...], layout: BranchLayout
-    ) -> tuple[GateMode, tuple[Part, ...]]:
-        """What the plan's mode means for a call that runs `branches`."""
-        if mode.action == "blend":
-            each = [(branch,) for branch in branches] if len(self.coefficients) > 1 else [branches]
-            parts = tuple(self._part(cadence, branches, used, layout) for used in each)
-            return "blend", parts
-        pushed = tuple(branch for branch in mode.push if branch in branches)
-        if mode.action == "compute" and pushed:
-            return "push", (self._part(cadence, branches, pushed, layout),)
-        return "compute", ()
 
-    def _part(
-        self, cadence: Cadence, branches: tuple[Branch, ...], used: tuple[Branch, ...], layout: BranchLayout
-    ) -> Part:
-        coefficients = self.coefficients[-1 if used == ("uncond",) else 0]
-        return Part(coefficients, layout.half(cadence.branches, used), layout.half(branches, used))
+def mode_of(
+    cadence: Cadence, mode: SiteMode, branches: tuple[Branch, ...], layout: BranchLayout
+) -> tuple[GateMode, tuple[Part, ...]]:
+    """What the plan's mode means for the gates of a cadence, in a call that runs `branches`."""
+
+    def part(used: tuple[Branch, ...]) -> Part:
+        vector = len(cadence.coefficients) - 1 if used == ("uncond",) else 0
+        return Part(vector, layout.half(cadence.branches, used), layout.half(branches, used))
+
+    if mode.action == "blend":
+        each = [(branch,) for branch in branches] if len(cadence.coefficients) > 1 else [branches]
+        return "blend", tuple(map(part, each))
+    pushed = tuple(branch for branch in mode.push if branch in branches)
+    if mode.action == "compute" and pushed:
+        return "push", (part(pushed),)
+    return "compute", ()
 
 
 class ModuleGate:
@@ -87,13 +86,13 @@ class ModuleGate:
         if state is None or not state.acts:
             return original(*args, **kwargs)
         if state.mode == "blend":
-            outputs = tuple(_blended(ring, state.parts) for ring in self.rings)
+            outputs = tuple(_blended(ring, state) for ring in self.rings)
             return outputs if len(outputs) > 1 else outputs[0]
         output = original(*args, **kwargs)
         computed = output if isinstance(output, tuple) else (output,)
         for part in state.parts:
             for ring, tensor in zip(self.rings, computed, strict=True):
-                ring.push(half(tensor, part.output_half), part.coefficients, part.ring_half)
+                ring.push(half(tensor, part.output_half), state.coefficients[part.vector], part.ring_half)
         return output
 
 
@@ -115,12 +114,13 @@ def _one_token(value: Any) -> Any:
     return value[:, :1] if isinstance(value, torch.Tensor) and value.dim() > 2 else value
 
 
-def _blended(ring: Ring, parts: tuple[Part, ...]) -> torch.Tensor:
+def _blended(ring: Ring, state: CadenceState) -> torch.Tensor:
+    parts, coefficients = state.parts, state.coefficients
     if len(parts) == 1:
-        return ring.blend(parts[0].coefficients, parts[0].ring_half)
+        return ring.blend(coefficients[parts[0].vector], parts[0].ring_half)
     output = ring.new_output()
     for part in parts:
-        ring.blend(part.coefficients, part.ring_half, half(output, part.output_half))
+        ring.blend(coefficients[part.vector], part.ring_half, half(output, part.output_half))
     return output
 
 
@@ -149,11 +149,11 @@ class Interval:
     def reused(self, streams: tuple[Any, ...]) -> tuple[Any, ...]:
         """The streams at the exit, with what the interval would have added blended from the rings; the others pass."""
         assert self.state is not None and self.entries is not None
-        outputs = list(streams)
+        outputs, coefficients = list(streams), self.state.coefficients
         for number, (ring, entry) in enumerate(zip(self.rings, self.entries, strict=False)):
             total = self.at_exit(entry, ring.output_shape).clone(memory_format=torch.contiguous_format)
             for part in self.state.parts:
-                ring.blend_add(half(total, part.output_half), part.coefficients, part.ring_half)
+                ring.blend_add(half(total, part.output_half), coefficients[part.vector], part.ring_half)
             outputs[number] = total
         self.entries = None
         return tuple(outputs)
@@ -162,10 +162,11 @@ class Interval:
         """Store what the interval added to each stream that is kept."""
         assert self.state is not None and self.entries is not None
         for part in self.state.parts:
+            coefficients = self.state.coefficients[part.vector]
             for ring, entry, out in zip(self.rings, self.entries, exits, strict=False):
                 entry = self.at_exit(entry, out.shape)
                 ring.push_residual(
-                    half(out, part.output_half), half(entry, part.output_half), part.coefficients, part.ring_half
+                    half(out, part.output_half), half(entry, part.output_half), coefficients, part.ring_half
                 )
         self.entries = None
 

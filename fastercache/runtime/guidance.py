@@ -26,10 +26,12 @@ Forward = Callable[[dict[str, Any], PlannedStep, tuple[Branch, ...]], Any]
 class Guidance(ABC):
     """Makes the outputs of one run, call by call.
 
-    batch: rows of a call that holds all branches. calls: of the denoiser in one step.
+    batch: rows of a call that holds all branches. calls: of the denoiser in one step. between_calls: whether a step has
+    begun whose last call is still to come.
     """
 
     calls = 1
+    between_calls = False
 
     def __init__(self, family: Family, layout: BranchLayout, outputs: Outputs, forward: Forward, batch: int):
         self.family, self.layout, self.outputs, self.forward, self.batch = family, layout, outputs, forward, batch
@@ -37,11 +39,6 @@ class Guidance(ABC):
     def close(self) -> None:
         """After the last call: let go of the caches."""
         self.outputs = None  # type: ignore[assignment]
-
-    @property
-    def between_calls(self) -> bool:
-        """Whether a step has begun whose last call is still to come."""
-        return False
 
     @property
     def next_branch(self) -> Branch | None:
@@ -72,20 +69,18 @@ class OneBatch(Guidance):
     def call(self, arguments: dict[str, Any], step: PlannedStep, number: int) -> Any:
         if step.phase is None:
             return self.outputs.stand_in(arguments)
-        output = self._rebuilt(arguments, step) if step.rebuild else self._full(arguments, step)
+        if step.rebuild:
+            output = self._rebuilt(arguments, step)
+        else:
+            output = self.forward(arguments, step, step.branches)
+            if step.split:
+                planes = self.family.planes(self.family.prediction(output), arguments)
+                self.outputs.split(planes[self._uncond], planes[self._cond])
         return self.outputs.finished(output, arguments, step)
-
-    def _full(self, arguments: dict[str, Any], step: PlannedStep) -> Any:
-        output = self.forward(arguments, step, step.branches)
-        if step.split:
-            planes = self.family.planes(self.family.prediction(output), arguments)
-            self.outputs.split(planes[self._uncond], planes[self._cond])
-        return output
 
     def _rebuilt(self, arguments: dict[str, Any], step: PlannedStep) -> Any:
         family = self.family
-        narrowed = family.narrow(arguments, self.batch, self._cond)
-        output = self.forward(narrowed, step, ("cond",))
+        output = self.forward(family.narrow(arguments, self.batch, self._cond), step, step.branches)
         cond = family.planes(family.prediction(output), arguments)
         return family.with_prediction(output, family.unplaned(self.outputs.rebuilt(cond), arguments))
 
@@ -113,10 +108,6 @@ class TwoCalls(Guidance):
         self._last: dict[str, tuple[Any, int | None]] = {}
 
     @property
-    def between_calls(self) -> bool:
-        return self._pending is not None
-
-    @property
     def next_branch(self) -> Branch:
         return self.layout.order[self.between_calls]
 
@@ -124,12 +115,12 @@ class TwoCalls(Guidance):
         branch = self.next_branch
         if self._pending is None:
             output = None if step.phase is None else self._first_call(arguments, step)
-            self._pending = arguments, output
+            self._pending, self.between_calls = (arguments, output), True
         else:
             given, first = self._pending
             self._check_pair(given, arguments, number)
             output = None if step.phase is None else self._second_call(arguments, step, given, first)
-            self._pending = self._early = None
+            self._pending, self._early, self.between_calls = None, None, False
         rows = self.layout.half(BOTH, (branch,))
         return (
             self.outputs.stand_in(arguments, rows)

@@ -25,8 +25,7 @@ class Outputs:
         self._cond_half = layout.order.index("cond")
         self._coefficients = cache.vectors[-1]
         self._form: Any = None
-        latents = [step.terms for step in plan.schedule.steps if step.terms is not None]
-        self._reads_latents = any(terms.now or terms.newest for terms in latents)
+        self._both: torch.Tensor | None = None
 
     # ---- CFG-Cache ---------------------------------------------------------------------------------------------------
 
@@ -41,8 +40,10 @@ class Outputs:
     def rebuilt(self, cond: torch.Tensor) -> torch.Tensor:
         """The planes of both branches, in the order of the batch, from the conditional ones and the kept differences
         (Eq. 11)."""
-        cache = self.cache
-        both = torch.empty((2 * len(cond), *cond.shape[1:]), dtype=cond.dtype, device=cond.device)
+        cache, both = self.cache, self._both
+        if both is None or both.dtype is not cond.dtype:
+            both = self._both = cond.new_empty(()).expand(2 * len(cond), *cond.shape[1:])
+        both = torch.empty_like(both, memory_format=torch.contiguous_format)  # the quickest way to make one
         ops.cfg_reconstruct(both, cond, cache.low, cache.high, self._coefficients, self._cond_half, cache.previous)
         return both
 
@@ -86,7 +87,7 @@ class Outputs:
 
     def _latents(self, arguments: Mapping[str, Any], shape: torch.Size) -> torch.Tensor | None:
         """The latents of a call, in the shape of its prediction; `None` where no step reads any."""
-        if not self._reads_latents:
+        if not self.plan.reads_latents:
             return None
         latents = self.family.latents_like(self.family.latents(arguments), shape)
         if latents is None:

@@ -75,24 +75,20 @@ class Run:
         batch: int,
         notes: list[str],
     ):
-        self.gated, self.host, self.plan, self.layout, self.caller, self.notes = (
-            gated,
-            host,
-            plan,
-            spec.layout,
-            spec.caller,
-            notes,
-        )
         from fastercache.models.skeleton import on_meta  # it needs private names of torch's
 
+        self.gated, self.host, self.plan, self.layout = gated, host, plan, spec.layout
+        self.caller, self.notes = spec.caller, notes
         self.key, self.shapes = input_key(gated, arguments), on_meta(arguments)
         device = self.key[2].type
         self.autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         self.cache_format, self.planned_bytes, self.cache_bytes = cache.plan.format, cache.plan.bytes, cache.bytes
         self.position = 0
+        self._steps, self._length = plan.steps, len(plan.steps)
         self._finite: torch.Tensor | None = None
         self._cache: Cache | None = cache
         self._table = table
+        self._latents = gated.family.latents
         self._context = host.attention_backends
         self._original: Callable[..., Any] | None = None
         outputs = Outputs(gated.family, plan, self.layout, cache)
@@ -100,24 +96,49 @@ class Run:
         gated.open(plan, cache, self.layout)
 
     def __len__(self) -> int:
-        return len(self.plan.steps)
+        return self._length
 
     @property
     def done(self) -> bool:
-        return self.position == len(self.plan.steps)
+        return self.position == self._length
 
-    @property
-    def holds_cache(self) -> bool:
-        return self._cache is not None
+    def fits(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether the latents of a call are as those of the first."""
+        latents, (shape, dtype, device) = self._latents(arguments), self.key
+        return latents.shape == shape and latents.dtype is dtype and latents.device == device
+
+    def check(self, arguments: Mapping[str, Any]) -> None:
+        """`RunError` if a call that is to be of this run cannot be."""
+        if self.done:
+            call, caller = f"call {self.position + 1} in a run of {len(self)} steps", self.caller
+            raise RunError(
+                f"{call}; a run ends when its `with fastercache.run(...)` block does"
+                if caller is None
+                else f"{call}: {caller.pipeline} samples in several loops, as for long videos, or "
+                f"calls {caller.component} more often than its num_timesteps says. "
+                f"{caller.without(len(self), self.layout.name)}"
+            )
+        if not self.fits(arguments):
+            (now, *kind), (shape, dtype, device) = input_key(self.gated, arguments), self.key
+            raise RunError(
+                f"step {self.position + 1} has latents {list(now)} ({kind[0]}, {kind[1]}), but the run began with "
+                f"{list(shape)} ({dtype}, {device}); guidance and shapes stay the same within a run, so begin a new "
+                "one"
+            )
 
     def call(self, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        """One call of the denoiser: run what the plan names and give back what the untouched model would, rows of all
-        branches included."""
-        self._check(arguments)
+        """One call of the denoiser, which `check` accepts: run what the plan names and give back what the untouched
+        model would, rows of all branches included."""
+        guidance = self.guidance
+        if self.host.label is not None:
+            remedy = None if self.caller is None else self.caller.without(len(self), "none")
+            self.host.check_label(self.layout, guidance.next_branch, remedy)
+        if guidance.between_calls:
+            self._check_lengths(arguments)
         output = self._step(original, arguments, self.position)
-        if not self.guidance.between_calls:
+        if not guidance.between_calls:
             self.position += 1
-            if self.done:
+            if self.position == self._length:
                 self._finite = torch.isfinite(self.gated.family.prediction(output)).all()
                 self.close()
         return output
@@ -133,36 +154,13 @@ class Run:
         """Let go of the caches: what follows in a pipeline, the decoder above all, may need the memory."""
         self.gated.close()
         self.guidance.close()
-        self._cache = None
+        self._cache = self._original = None
 
     def rehearse(self, original: Callable[..., Any], arguments: dict[str, Any], phase: int, times: int) -> None:
         """Run a phase on these inputs `times` times, which compiles it, without counting a step."""
         index = next(index for index, step in enumerate(self.plan.steps) if step.phase == phase)
         for _ in range(times * self.guidance.calls):
             self._step(original, arguments, index)
-
-    def _check(self, arguments: Mapping[str, Any]) -> None:
-        if self.done:
-            call, caller = f"call {self.position + 1} in a run of {len(self)} steps", self.caller
-            raise RunError(
-                f"{call}; a run ends when its `with fastercache.run(...)` block does"
-                if caller is None
-                else f"{call}: {caller.pipeline} samples in several loops, as for long videos, or "
-                f"calls {caller.component} more often than its num_timesteps says. "
-                f"{caller.without(len(self), self.layout.name)}"
-            )
-        key = input_key(self.gated, arguments)
-        if key != self.key:
-            shape, dtype, device = self.key
-            raise RunError(
-                f"step {self.position + 1} has latents {list(key[0])} ({key[1]}, {key[2]}), but the run began with "
-                f"{list(shape)} ({dtype}, {device}); guidance and shapes stay the same within a run, so begin a new "
-                "one"
-            )
-        remedy = None if self.caller is None else self.caller.without(len(self), "none")
-        self.host.check_label(self.layout, self.guidance.next_branch, remedy)
-        if self.guidance.between_calls:
-            self._check_lengths(arguments)
 
     def _check_lengths(self, arguments: Mapping[str, Any]) -> None:
         """The caches are planned by the first call's shapes: `RunError` if they keep results of the second that have
@@ -192,10 +190,7 @@ class Run:
         assert self._cache is not None
         self._cache.coefficients.copy_(self._table[index])
         self._original = original
-        try:
-            return self.guidance.call(arguments, self.plan.steps[index], index + 1)
-        finally:
-            self._original = None
+        return self.guidance.call(arguments, self._steps[index], index + 1)
 
     def _forward(self, arguments: dict[str, Any], step: PlannedStep, branches: tuple[Branch, ...]) -> Any:
         assert self._original is not None and step.phase is not None

@@ -12,7 +12,6 @@ from fastercache.runtime.run import Run
 def summary_of(run: Run, note: str | None) -> Summary:
     """What a run did. note: how it ended, where that was not after its last step."""
     gated, plan, device = run.gated, run.plan, run.key[2]
-    done = plan.steps[: run.position]
     graphs = gated.graphs
     recompiled = graphs.end_run() if graphs is not None else None
     notes = [*([note] if note else []), *run.notes, *([recompiled] if recompiled else []), *run.host.notes]
@@ -28,8 +27,7 @@ def summary_of(run: Run, note: str | None) -> Summary:
         with host.natively():  # the operations of other kernels are not known to torch's counter
             return count_run(gated.model, gated.family, gated.sites, plan, layout, shapes, autocast)
 
-    chart = plan.schedule.chart()
-    called = ops_called(plan, done, format_of(run.cache_format).ops)
+    called = ops_called(plan, run.position, format_of(run.cache_format).ops)
     return Summary(
         model=type(gated.model).__name__,
         family=gated.family.name,
@@ -41,10 +39,10 @@ def summary_of(run: Run, note: str | None) -> Summary:
         cache_format=run.cache_format,
         cache_bytes_planned=run.planned_bytes,
         cache_bytes=run.cache_bytes,
-        implementations={op: ops.implementation(op, device) for op in sorted(called)},
+        implementations={op: ops.implementation(op, device) for op in called},
         compiled="" if graphs is None else graphs.describe(),
         share=None if host.processes is None else host.processes.share(run.position, run.guidance.calls),
         notes=notes,
-        chart=chart if plan.guided else chart.splitlines()[0],
+        chart=plan.chart,
         _count_flops=count,
     )

@@ -34,23 +34,17 @@ class Reading(NamedTuple):
 
 
 def read(timestep: Any) -> Reading:
-    if isinstance(timestep, (int, float)):
-        return Reading(float(timestep))
-    if (
-        type(timestep) is not torch.Tensor
-        or timestep.layout != torch.strided
-        or timestep.dtype.is_complex
-        or not timestep.numel()
-    ):
+    if type(timestep) is not torch.Tensor:
+        return Reading(float(timestep)) if isinstance(timestep, (int, float)) else Reading()
+    if timestep.layout is not torch.strided or timestep.dtype.is_complex or not (count := timestep.numel()):
         return Reading()
     # Timesteps of many tokens or frames move one way, each of them, and so does their sum.
-    shape = timestep.shape
-    if timestep.is_cpu:
-        if len(shape) <= 1 and timestep.numel() <= FEW:
-            listed = timestep.tolist()
-            return Reading(float(sum(listed)) if isinstance(listed, list) else float(listed), shape)
-        return Reading(float(timestep.detach().double().numpy().sum()), shape)
-    return place_of(timestep)
+    if not timestep.is_cpu:
+        return place_of(timestep)
+    if count <= FEW and (dims := timestep.dim()) <= 1:
+        listed: Any = timestep.tolist()
+        return Reading(float(sum(listed)), (count,)) if dims else Reading(float(listed))
+    return Reading(float(timestep.detach().double().numpy().sum()), timestep.shape)
 
 
 def place_of(timestep: torch.Tensor) -> Reading:
@@ -104,6 +98,23 @@ class Timesteps:
         self._last: Reading | None = None
         self._directions: dict[str, int] = {}
         self._second_moves: set[str] = set()
+
+    def takes(self, now: Reading, steps_done: int, between: bool) -> bool:
+        """Whether a call with this timestep belongs to the run; then it is followed. `between`: it would be the second
+        call of a step."""
+        last = self._last
+        if last is not None:
+            value, before = now.value, last.value
+            if value is not None and before is not None and steps_done > 1 and now.shape == last.shape:
+                # What nearly all calls are: one that stays, or moves as those before.
+                own = self._directions.get("value", 0)
+                if value == before or (own and (value > before) == (own > 0)):
+                    self._last = now
+                    return True
+            if self.goes_back(now, steps_done, between):
+                return False
+        self.follow(now, steps_done)
+        return True
 
     def goes_back(self, now: Reading, steps_done: int, between: bool) -> bool:
         """Whether a call with this timestep is the first of another run. `between`: it would be the second call of a

@@ -76,9 +76,10 @@ class PlannedStep:
     push_prediction: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """A schedule on the sites of a model, in a run with or without guidance.
+    """A schedule on the sites of a model, in a run with or without guidance. A plan equals itself alone, so that what
+    is worked out from it can be kept.
 
     cadence_of: the cadence of each site, by index. maps: kept of the difference of the branches: 0, 2 (its low and high
     frequencies), or 3 (and the whole difference before it). predictions: kept predictions. keeps_latents: whether the
@@ -107,6 +108,18 @@ class Plan:
         """What a site does at a step."""
         phase = self.steps[step].phase
         return "idle" if phase is None else self.phases[phase].modes[self.cadence_of[site]].action
+
+    @cached_property
+    def chart(self) -> str:
+        """The schedule's chart, of the branches that there are."""
+        chart = self.schedule.chart()
+        return chart if self.guided else chart.splitlines()[0]
+
+    @cached_property
+    def reads_latents(self) -> bool:
+        """Whether a prediction is made of latents, too."""
+        terms = (step.terms for step in self.schedule.steps)
+        return any(one is not None and bool(one.now or one.newest) for one in terms)
 
     @cached_property
     def skips_nothing(self) -> bool:
@@ -297,10 +310,10 @@ class _Draft:
     def _read(self, where: str, site: SiteNode, branch: Branch, history: list[int], count: int) -> None:
         if len(history) < count:
             names = {"cond": "conditional", "uncond": "unconditional"}
-            known = f"only {len(history)} of its results were" if history else "none of its results was"
             raise ScheduleError(
-                f"{where} blends {count} results of the {site} in the {names[branch]} branch, but {known} computed "
-                f"before; let {count} steps compute it first (a site does not run while one around it is reused)"
+                f"{where} blends {count} results of the {site} in the {names[branch]} branch, but only {len(history)} "
+                f"of its results were computed before; let {count} steps compute it first (a site does not run while "
+                "one around it is reused)"
             )
         for source in history[-count:]:
             self.needed[source].add(branch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import lru_cache
 
 import torch
 
@@ -23,10 +24,18 @@ class ModelFormat(CacheFormat):
         return self.layout(spec).bytes
 
     def allocate(self, spec: RingSpec, device: torch.device) -> ModelRing:
-        slots = (
-            torch.empty(self.layout(spec).bytes, dtype=torch.uint8, device=device).view(spec.dtype).view(spec.slots, -1)
-        )
-        return ModelRing(slots[:, : math.prod(spec.shape)].view(spec.slots, *spec.shape))
+        elements, shape, strides = self._strided(spec.slots, spec.shape, spec.dtype)
+        return ModelRing(torch.empty(elements, dtype=spec.dtype, device=device).as_strided(shape, strides))
+
+    @staticmethod
+    @lru_cache(maxsize=256)  # the rings of a model are of a few shapes
+    def _strided(
+        slots: int, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+        """Elements of a ring, and its shape and strides."""
+        layout = RingLayout(slots, shape[0], math.prod(shape[1:]) * dtype.itemsize)
+        strides = (math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+        return layout.bytes // dtype.itemsize, (slots, *shape), (layout.slot_stride_bytes // dtype.itemsize, *strides)
 
 
 class ModelRing(Ring):
