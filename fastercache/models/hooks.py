@@ -176,7 +176,8 @@ def adapters_at_work(model: nn.Module) -> dict[str, tuple[float, bool]]:
     they are merged into the weights there."""
     found: dict[str, tuple[float, bool]] = {}
     for layer in modules_of(model):
-        if not _holds_adapters(type(layer)):
+        kind: Any = type(layer)
+        if not _holds_adapters(kind):
             continue
         active, merged, disabled, scaling = _adapters(layer)
         if not disabled:
