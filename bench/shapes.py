@@ -29,7 +29,7 @@ import torch
 
 import fastercache
 from bench import peers, report
-from fastercache import ops, shapes, triton_kernels
+from fastercache import ops, policies, shapes, triton_kernels
 from fastercache.host import environment, steady
 from fastercache.report import metrics
 from fastercache.schedule.policies import Policy
@@ -541,6 +541,30 @@ def parser(doc: str | None, pairs: int, out: str) -> argparse.ArgumentParser:
         help="begin no clips after this time, and report on the pairs finished by then",
     )
     return options
+
+
+def schedule_option(options: argparse.ArgumentParser) -> None:
+    """`--schedule`: another than the paper's, by its file."""
+    options.add_argument("--schedule", type=Path, default=None, help="file of a schedule (default: the paper's)")
+
+
+def policy_of(file: Path | None) -> Policy:
+    """The paper's policy, or one schedule."""
+    if file is None:
+        return policies.paper
+    schedule = replace(fastercache.Schedule.from_json(file), made_for=None, measured=None)
+    return lambda steps, guidance: schedule
+
+
+def named(command: str, title: str, out: Path, pipeline: str, schedule: Path | None) -> tuple[str, str, Path]:
+    """The command of an evaluation as it was called, its title, and where its results go unless told."""
+    if pipeline != "shapes":
+        command, title = f"{command} --pipeline {pipeline}", f"{pipeline.capitalize()}{title[len('Shapes') :]}"
+        out = out.with_name(out.name.replace("shapes", pipeline, 1))
+    if schedule is not None:
+        command, title = f"{command} --schedule {schedule.name}", f"{title}, schedule {schedule.stem}"
+        out = out.with_name(f"{out.stem}_{schedule.stem.replace('.', '_')}.json")
+    return command, title, out
 
 
 def settings(steps: int, asked: int, pairs: int, pipeline: str = "shapes") -> dict[str, Any]:

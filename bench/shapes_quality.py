@@ -1,8 +1,8 @@
 """Does caching keep what the prompt says? Prompt scores of an embedded pipeline: `python -m bench.shapes_quality
-[--pipeline wan]`.
+[--pipeline wan] [--schedule FILE]`.
 
-Uncached with guidance, uncached without, and cached with the paper's schedule, over the same held-out pairs; and PSNR
-and SSIM of the cached clips against the uncached ones.
+Uncached with guidance, uncached without, and cached with the paper's schedule or another, over the same held-out pairs;
+and PSNR and SSIM of the cached clips against the uncached ones.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from bench import report, shapes, stats
-from fastercache import policies
 from fastercache.shapes import PIPELINES
 from fastercache.shapes.detector import score
 from fastercache.shapes.world import PLAIN, World
@@ -73,12 +72,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument(
         "--pipeline", choices=PIPELINES, default="shapes", help="the embedded pipeline (default shapes)"
     )
+    shapes.schedule_option(options)
     args = options.parse_args(arguments)
-    if args.out == options.get_default("out"):
-        args.out = args.out.with_name(f"{args.pipeline}_quality.json")
+    title, command = "Shapes: prompt score", "python -m bench.shapes_quality"
+    command, title, out = shapes.named(command, title, options.get_default("out"), args.pipeline, args.schedule)
+    args.out = out if args.out == options.get_default("out") else args.out
     world = PIPELINES[args.pipeline].world
     parts = parts_of(world)
-    variants = [shapes.UNCACHED, shapes.UNGUIDED, shapes.cached("cached", policies.paper, args.steps)]
+    variants = [shapes.UNCACHED, shapes.UNGUIDED, shapes.cached("cached", shapes.policy_of(args.schedule), args.steps)]
     variants = [replace(variant, pipeline=args.pipeline) for variant in variants]
     pairs = shapes.held_out(args.pairs, args.pipeline)
     n, clips = shapes.collect(
@@ -127,8 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         shapes.described(args.steps, args.pairs, n, args.pipeline),
         *score_tables(rows, against, parts),
         bar_table(verdicts),
-        f"Cached clips (the paper's schedule, FLOPs ratio of the denoiser {clips['cached'].facts['flops_ratio']:.3f}) "
-        "against the uncached clips of the same pairs.",
+        f"Cached clips ({'the paper' if args.schedule is None else args.schedule.stem}'s schedule, FLOPs ratio of the "
+        f"denoiser {clips['cached'].facts['flops_ratio']:.3f}) against the uncached clips of the same pairs.",
         likeness_table(likeness),
     ]
     data = {
@@ -139,9 +140,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "bars": verdicts,
         "per_pair": per_pair,
     }
-    title, command = "Shapes: prompt score", "python -m bench.shapes_quality"
-    if args.pipeline != "shapes":
-        title, command = f"{args.pipeline.capitalize()}: prompt score", f"{command} --pipeline {args.pipeline}"
     report.write(args.out, title, command, data, body)
 
 

@@ -1,5 +1,5 @@
-"""How long one clip takes, uncached and cached with the paper's schedule: `python -m bench.shapes_speed [--pipeline
-wan]`.
+"""How long one clip takes, uncached and cached with the paper's schedule or another: `python -m bench.shapes_speed
+[--pipeline wan] [--schedule FILE]`.
 
 Uncached and cached take turns after a warm-up, and who begins alternates, so that a machine that slows down slows both;
 there is a thread for each free core, and freed memory stays with the process. Times are seconds of a
@@ -20,7 +20,7 @@ import torch
 
 import fastercache
 from bench import report, shapes
-from fastercache import Summary, policies
+from fastercache import Summary
 from fastercache.host import environment, steady
 from fastercache.shapes import PIPELINES, STEPS
 
@@ -96,9 +96,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--pipeline", choices=PIPELINES, default="shapes", help="the embedded pipeline (default shapes)"
     )
+    shapes.schedule_option(parser)
     args = parser.parse_args(arguments)
-    if args.out == parser.get_default("out"):
-        args.out = args.out.with_name(f"{args.pipeline}_speed.json")
+    title, command = "Shapes: seconds of one clip", "python -m bench.shapes_speed"
+    command, title, out = shapes.named(command, title, parser.get_default("out"), args.pipeline, args.schedule)
+    args.out = out if args.out == parser.get_default("out") else args.out
     load_before = environment.machine()["load_average"]
     if args.threads is None:
         print(steady.choose_threads(), flush=True)
@@ -106,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     threads = torch.get_num_threads()
     pipe = shapes.pipeline(args.pipeline)
-    schedule = shapes.cached("cached", policies.paper, args.steps).schedule
+    schedule = shapes.cached("cached", shapes.policy_of(args.schedule), args.steps).schedule
     pairs = shapes.held_out(args.repeats + 1, args.pipeline)
 
     total: dict[str, list[float]] = {"uncached": [], "cached": []}
@@ -199,9 +201,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "cache_bytes": cache_bytes,
         "bars": bars,
     }
-    title, command = "Shapes: seconds of one clip", "python -m bench.shapes_speed"
-    if args.pipeline != "shapes":
-        title, command = f"{args.pipeline.capitalize()}: seconds of one clip", f"{command} --pipeline {args.pipeline}"
     report.write(args.out, title, command, data, body)
 
 

@@ -318,21 +318,13 @@ def test_an_interrupted_calibration_goes_on_and_the_same_findings_give_the_same_
     pipe, call = made("cogvideox")
     calls = 0
 
-    def calibrate():
+    def calibrate(texts=3):
         nonlocal calls
         calls = 0
         hook = pipe.transformer.register_forward_pre_hook(lambda *_: counted())
+        options = {"num_inference_steps": STEPS, "speedup": 1.6, "effort": "quick", "call": call, "progress": False}
         try:
-            return fastercache.calibrate(
-                pipe,
-                prompts(3),
-                num_inference_steps=STEPS,
-                speedup=1.6,
-                effort="quick",
-                call=call,
-                out=tmp_path,
-                progress=False,
-            )
+            return fastercache.calibrate(pipe, prompts(texts), out=tmp_path, **options)
         finally:
             hook.remove()
 
@@ -354,16 +346,7 @@ def test_an_interrupted_calibration_goes_on_and_the_same_findings_give_the_same_
     assert again.measured.seconds > 0.5 * first.measured.seconds  # what was found before took its time, too
     assert calls <= STEPS * SMALL.held  # the held-out pairs alone are sampled again
     with pytest.raises(CalibrationError, match="another calibration, with other prompts"):
-        fastercache.calibrate(
-            pipe,
-            prompts(2),
-            num_inference_steps=STEPS,
-            speedup=1.6,
-            effort="quick",
-            call=call,
-            out=tmp_path,
-            progress=False,
-        )
+        calibrate(texts=2)
 
 
 def test_an_interrupt_leaves_an_untouched_pipeline():
