@@ -359,10 +359,26 @@ def test_given_steps_that_run_nothing(reuse):
     assert set(FORMS) == {"stack", "change", "hold"}
 
 
+@pytest.mark.parametrize(("interval", "first"), [(2, 2), (3, 1), (4, 5)])
+def test_uniform(interval, first):
+    model, number, kept = MODELS["cogvideox"](), itertools.count(1), {}
+
+    def call(inputs):
+        i = next(number)
+        if i <= first or (i - first) % interval == 0:
+            kept["prediction"] = model(**inputs)[0]
+        return kept["prediction"]
+
+    expected = sample(call, model)
+    actual = by_engine("cogvideox", partial(policies.uniform, interval=interval, first=first))
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("name", "wrong", "message"),
     [
         ("fora", {"interval": 0}, "interval is 0; it must be a whole number of at least 1"),
+        ("uniform", {"first": 0}, "first is 0; it must be a whole number of at least 1"),
         ("fora", {"sites": "mlp"}, r"sites is 'mlp'; pass selectors of sites, as in \('mlp',\)"),
         ("fora", {"sites": ()}, r"sites is \(\); pass selectors"),
         ("fora", {"sites": ("atention",)}, "unknown site 'atention'"),

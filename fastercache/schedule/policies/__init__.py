@@ -23,6 +23,7 @@ from fastercache.schedule.policies.pab import pab
 from fastercache.schedule.policies.released import released
 from fastercache.schedule.policies.taylorseer import taylorseer
 from fastercache.schedule.policies.teacache import teacache
+from fastercache.schedule.policies.uniform import uniform
 from fastercache.schedule.presets import OPEN_SORA_MLP, RELEASED
 from fastercache.schedule.schedule import Schedule
 
@@ -47,6 +48,7 @@ __all__ = [
     "resolve",
     "taylorseer",
     "teacache",
+    "uniform",
 ]
 
 Policy: TypeAlias = Callable[[int, bool], Schedule]
@@ -60,6 +62,7 @@ BY_NAME: dict[str, Policy] = {
     "fora": fora,
     "pab": pab,
     "taylorseer": taylorseer,
+    "uniform": uniform,
     "none": none,
 }
 """The policies that `fastercache.compile(schedule="...")` and the command line know by name."""
