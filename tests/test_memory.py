@@ -3,7 +3,9 @@ refused."""
 
 from __future__ import annotations
 
+import gc
 import re
+import weakref
 
 import pytest
 import torch
@@ -261,6 +263,17 @@ def test_what_cannot_be_counted_leaves_a_quarter_and_says_so(monkeypatch):
     fastercache.compile(model, steps=STEPS, cfg="uncond-first", cache_format="model")
     with pytest.raises(CacheError, match=r"a quarter of all, as it cannot be counted \(ValueError: reads its inputs\)"):
         sample(model)
+
+
+def test_the_plans_that_are_kept_hold_no_tensor_of_a_call():
+    model = fastercache.compile(cogvideox(), "paper", steps=6, cfg="uncond-first")
+    inputs = arguments(model, 2)
+    for _ in range(6):
+        model(**inputs)
+    text = weakref.ref(inputs["encoder_hidden_states"])
+    del inputs
+    gc.collect()
+    assert text() is None
 
 
 @pytest.mark.parametrize("family", ["hunyuan", "wan"])

@@ -202,9 +202,13 @@ class Engine:
 
         kept = [index for index, number in enumerate(plan.cadence_of) if plan.cadences[number].slots]
         shapes = {index: [whole(shape) for shape in self._shapes_of(index, plan, arguments)] for index in kept}
+        from fastercache.models.skeleton import on_meta  # it needs private names of torch's
+
+        # Asked for later, and kept longer than the tensors of this call should be.
+        without_memory = on_meta(arguments)
         prediction, planes = (
-            partial(family.prediction_shape, model, arguments),
-            partial(family.planes_shape, model, arguments),
+            partial(family.prediction_shape, model, without_memory),
+            partial(family.planes_shape, model, without_memory),
         )
         plan_in = partial(
             plan_cache, plan, shapes.__getitem__, lambda: whole(prediction()), lambda: whole(planes()), dtype
