@@ -108,9 +108,10 @@ def test_the_clips_of_a_demo_take_turns_and_who_begins_alternates(monkeypatch):
 
     monkeypatch.setattr(demo.fastercache, "disabled", disabled)
     monkeypatch.setattr(demo, "generate", generate)
-    pairs = demo.generate_pairs(None, ["a", "b", "c"], steps=1, warm_up=1, seed=7, console=Console(quiet=True))
+    runs = demo.with_and_without(None, 1)
+    takes = demo.generate_takes(None, ["a", "b", "c"], runs, steps=1, seed=7, console=Console(quiet=True))
     assert made[:2] == [("a", 7, "uncached"), ("a", 7, "cached")]  # the warm-up
     assert [run for _, _, run in made[2:]] == ["uncached", "cached", "cached", "uncached", "uncached", "cached"]
     assert [seed for _, seed, _ in made[2:]] == [7, 7, 8, 8, 9, 9]
-    assert [(pair.uncached, pair.cached) for pair in pairs] == [(f"{x} uncached", f"{x} cached") for x in "abc"]
-    assert all((pair.uncached_seconds, pair.cached_seconds) == (2.0, 1.0) for pair in pairs)
+    clips = [[(clip.name, clip.frames, clip.seconds) for clip in take.clips] for take in takes]
+    assert clips == [[("uncached", f"{x} uncached", 2.0), ("fastercache", f"{x} cached", 1.0)] for x in "abc"]
