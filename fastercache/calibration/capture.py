@@ -143,7 +143,7 @@ class Capture:
         watch.weights.append(self._weights(lane, moment, cond, difference, guided))
         watch.response.append(self._response(lane, moment))
         watch.experts.append(calls.component)
-        low = self._low(calls, difference) if guided else difference
+        low = self.branches.low(calls, difference, self.divisor) if guided else difference
         watch.window.append(torch.stack([one.float().flatten() for one in (cond, difference, latents, low)]))
         for back, earlier in enumerate(reversed(watch.window)):
             watch.products[lane.step, lane.step - back] = products(watch.window[-1], earlier)
@@ -188,9 +188,6 @@ class Capture:
         if notes.layout.two_calls:
             return Costs(2 * least["cond"], least["cond"], 1000 * min(sums))
         return Costs(least["both"], min(least.get("cond", np.inf), least["both"]), 1000 * min(sums))
-
-    def _low(self, calls: CallNotes, difference: torch.Tensor) -> torch.Tensor:
-        return self.branches.low(calls, difference, self.divisor)
 
     def _weights(
         self, lane: Lane, moment: Moment, cond: torch.Tensor, difference: torch.Tensor, guided: bool

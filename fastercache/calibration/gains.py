@@ -20,7 +20,6 @@ class Disturbed:
 
     def __init__(self, stage: Stage):
         self.stage, self.branches = stage, Branches(stage)
-        self.generations = 0.0
 
     def gain(self, reference: Reference, step: int, disturbance: torch.Tensor) -> float:
         """The root-mean-square error of the last latents over that of the disturbed step's guided prediction."""
@@ -42,7 +41,6 @@ class Disturbed:
                     break
             assert lane.latents is not None
             off = (lane.latents.float().cpu() - reference.latents[-1].float()).square().mean().sqrt()
-        self.generations += 1 - step / steps
         return float(off / disturbance.float().square().mean().sqrt())
 
     def _conduct(self, lane: Lane, component: str, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:

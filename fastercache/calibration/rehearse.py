@@ -67,7 +67,6 @@ class Rehearsals:
     def __init__(self, stage: Stage, options: Options = FITTED):
         self.stage, self.options = stage, options
         self.branches = Branches(stage)
-        self.generations = 0.0
 
     def fit(
         self,
