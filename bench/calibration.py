@@ -61,9 +61,9 @@ def make(pipeline: str, steps: int, work: Path) -> list[Found]:
 
 
 def variant(name: str, schedule: Schedule | None, pipeline: str, guided: bool = True) -> shapes.Variant:
-    """What the clips depend on is in the steps alone."""
-    plain = None if schedule is None else replace(schedule, name="bench", made_for=None, measured=None)
-    return shapes.Variant(name, None if plain is None else plain.to_json(), guided=guided, pipeline=pipeline)
+    """The variant that runs a schedule, or the uncached pipeline."""
+    plain = shapes.Variant(name) if schedule is None else shapes.cached(name, shapes.fixed(schedule), len(schedule))
+    return replace(plain, guided=guided, pipeline=pipeline)
 
 
 def figures(psnr: np.ndarray, known: np.ndarray) -> dict[str, Any]:

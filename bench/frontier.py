@@ -113,13 +113,9 @@ def calibrated_arms(pipeline: str, steps: int, folder: Path) -> tuple[list[Arm],
         elif len(arms) == MOST_CALIBRATED:
             left_out.append(f"{path.name}: there are {MOST_CALIBRATED} already")
         else:
-            policy = _fixed(schedule)
-            arms.append(_scheduled(f"calibrated {path.stem}", "calibrated", "ours", policy, pipeline, steps))
+            policy = shapes.fixed(schedule)
+            arms.append(_scheduled(path.stem, "calibrated", "ours", policy, pipeline, steps))
     return arms, left_out
-
-
-def _fixed(schedule: Schedule) -> Policy:
-    return lambda steps, guidance: schedule
 
 
 Settings = Callable[[], list[tuple[str, str]]]

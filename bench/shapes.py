@@ -121,8 +121,9 @@ UNGUIDED = Variant("unguided", guided=False)
 
 
 def cached(name: str, policy: Policy, steps: int, cache_format: str = "model") -> Variant:
-    """The variant that runs a policy's schedule of that many steps."""
-    return Variant(name, replace(policy(steps, True), name="bench").to_json(), cache_format=cache_format)
+    """The variant that runs a policy's schedule of that many steps. What the clips depend on is in the steps alone."""
+    plain = replace(policy(steps, True), name="bench", made_for=None, measured=None)
+    return Variant(name, plain.to_json(), cache_format=cache_format)
 
 
 @dataclass(frozen=True)
@@ -552,7 +553,11 @@ def policy_of(file: Path | None) -> Policy:
     """The paper's policy, or one schedule."""
     if file is None:
         return policies.paper
-    schedule = replace(fastercache.Schedule.from_json(file), made_for=None, measured=None)
+    return fixed(fastercache.Schedule.from_json(file))
+
+
+def fixed(schedule: fastercache.Schedule) -> Policy:
+    """The policy that gives one schedule."""
     return lambda steps, guidance: schedule
 
 
