@@ -1,4 +1,5 @@
-"""What each stage of a calibration gains, at one speed: `python -m bench.calibration_ablations [--speedup 3]`.
+"""What each stage of a calibration gains, at one speed: `python -m bench.calibration_ablations [--pipeline
+wan] [--speedup 2]`.
 
 From steps at equal distances and the newest prediction held, one stage after the other is added: steps chosen,
 coefficients fitted to what the model predicted, fitted in closed loop, full steps corrected, steps of the conditional
@@ -78,7 +79,11 @@ def schedules(found: Calibration, speedup: float) -> dict[str, Schedule]:
             "full steps corrected": fit(full, FITTED),
             "two predictions summed, not three": fit(full, replace(FITTED, terms=2)),
             "latents left out": fit(full, replace(FITTED, latents=False)),
+            "two predictions, latents left out": fit(full, replace(FITTED, terms=2, latents=False)),
             "conditional steps": fit(running, FITTED),
+            "conditional steps, two predictions, latents left out": fit(
+                running, replace(FITTED, terms=2, latents=False)
+            ),
             "no difference before the newest": fit(running, replace(FITTED, previous=False)),
             "chosen by measured clips": found._best(speedup).rehearsal.schedule,
             "attention reused besides": with_attention(fit(search.best(speedup * REUSING), FITTED)),
@@ -100,6 +105,8 @@ LINE = (
 AGAINST = {
     "two predictions summed, not three": "full steps corrected",
     "latents left out": "full steps corrected",
+    "two predictions, latents left out": "full steps corrected",
+    "conditional steps, two predictions, latents left out": "conditional steps",
     "no difference before the newest": "conditional steps",
     "attention reused besides": "conditional steps",
     "residual of all blocks held": "steps chosen, held",
@@ -117,6 +124,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arms = {name: variant(name, one, args.pipeline) for name, one in schedules(found, args.speedup).items()}
     pairs = shapes.held_out(args.pairs, args.pipeline)
     uncached = variant("uncached", None, args.pipeline)
+    if args.out == options.get_default("out"):
+        differs = ([] if args.pipeline == "shapes" else [args.pipeline]) + (
+            [] if args.speedup == 3 else [f"{args.speedup:g}x"]
+        )
+        args.out = args.out.with_name("_".join(["calibration_ablations", *differs]) + ".json")
     n, clips = shapes.collect(
         [uncached, *arms.values()], pairs, args.steps, work=args.work, processes=args.processes, minutes=args.minutes
     )
@@ -160,7 +172,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "rows": rows,
         "psnr_db": {name: np.asarray(one).tolist() for name, one in psnr.items()},
     }
-    report.write(args.out, "Calibration: what each stage gains", "python -m bench.calibration_ablations", data, body)
+    command = "python -m bench.calibration_ablations"
+    command += "" if args.pipeline == "shapes" else f" --pipeline {args.pipeline}"
+    command += "" if args.speedup == 3 else f" --speedup {args.speedup:g}"
+    report.write(args.out, "Calibration: what each stage gains", command, data, body)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ written."""
 
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -245,3 +246,30 @@ def test_timed_clips_take_turns_and_another_kind_begins_each_round(tmp_path, mon
     document = json.loads(out.read_text())
     assert document["speed_up"] == 1.5 and document["efficiency"] == 1.0 and document["settings"]["threads"] == 1
     assert [row["seconds"]["median"] for row in document["rows"]] == [3.0, 2.0]
+
+
+# ---- the demo, run after run -----------------------------------------------------------------------------------------
+
+
+def test_the_demo_is_as_good_as_its_worst_run(tmp_path, monkeypatch):
+    """Two runs; the second's calibrated clips gain less than the bar of what they save."""
+    from bench import demo
+
+    def one(schedule, speedup, ratio):
+        seconds = {"uncached": {"seconds": 4 * speedup}, "cached": {"seconds": 4.0}}
+        return {"schedule": schedule, "speedup": speedup, "flops_ratio": ratio, "psnr_db": 50.0, **seconds}
+
+    gained = iter([3.0, 2.6])
+
+    def run(command, **_):
+        folder = Path(command[command.index("--out") + 1])
+        folder.mkdir()
+        result = one("paper", 1.4, 1.5) | {"calibrated": one("calibrated-3x", next(gained), 3.0)}
+        (folder / "result.json").write_text(json.dumps(result))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(demo.subprocess, "run", run)
+    demo.main(["--runs", "2", "--out", str(tmp_path / "demo.json")])
+    found = json.loads((tmp_path / "demo.json").read_text())
+    assert found["least_share"] == pytest.approx(2.6 / 3) and not found["holds"]
+    assert "does not hold" in (tmp_path / "demo.md").read_text()
