@@ -269,6 +269,7 @@ def test_the_demo_is_as_good_as_its_worst_run(tmp_path, monkeypatch):
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(demo.subprocess, "run", run)
+    monkeypatch.setattr(demo.report, "commit", lambda: "none")
     demo.main(["--runs", "2", "--out", str(tmp_path / "demo.json")])
     found = json.loads((tmp_path / "demo.json").read_text())
     assert found["least_share"] == pytest.approx(2.6 / 3) and not found["holds"]
