@@ -6,6 +6,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-tests
+TEST_ALL_STAMP := $(VENV)/.installed-all-tests
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*)
 
 .PHONY: demo test test-all lint bench sanitize clean
@@ -17,8 +18,8 @@ demo: $(STAMP)
 test: $(TEST_STAMP) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-# What takes longer: more random sequences of use, more random schedules. Its result is bench/results/test_all.md.
-test-all: $(TEST_STAMP) lint
+# What takes longer: more random sequences of use, more random schedules, Ray, cache-dit. Its result is bench/results/test_all.md.
+test-all: $(TEST_ALL_STAMP) lint
 	$(BIN)/python -m bench.test_all
 
 lint: $(TEST_STAMP)
@@ -47,6 +48,11 @@ $(STAMP): $(SOURCES)
 $(TEST_STAMP): $(STAMP)
 	$(BIN)/python -c "import importlib.metadata as m, re; print(*(r.split(';')[0] for r in m.requires('fastercache') if re.search('extra == .test.', r)), sep='\n')" > $(VENV)/test.txt
 	$(BIN)/pip install --quiet --constraint $(VENV)/torch.txt --requirement $(VENV)/test.txt
+	touch $@
+
+$(TEST_ALL_STAMP): $(TEST_STAMP)
+	$(BIN)/python -c "import importlib.metadata as m, re; print(*(r.split(';')[0] for r in m.requires('fastercache') if re.search('extra == .(ray|bench).', r)), sep='\n')" > $(VENV)/test-all.txt
+	$(BIN)/pip install --quiet --constraint $(VENV)/torch.txt --requirement $(VENV)/test-all.txt
 	touch $@
 
 clean:

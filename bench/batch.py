@@ -63,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = {workers: sampled(workers, args.clips, args.steps, Path(folder)) for workers in (1, 2)}
     rates = {workers: rate(records) for workers, records in found.items()}
     pixels = {workers: [record["frames"]["sha256"] for record in records] for workers, records in found.items()}
+    (schedule,) = {record["schedule"] for records in found.values() for record in records}
     ratio, same = rates[2] / rates[1], pixels[1] == pixels[2]
     report.write(
         args.out,
@@ -71,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         {
             "clips": args.clips,
             "steps": args.steps,
+            "schedule": schedule,
             "load_average_before": load,
             "clips_a_minute": {str(workers): value for workers, value in rates.items()},
             "ratio": ratio,
@@ -79,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "identical": same,
         },
         [
-            f'{args.clips} clips of "shapes", {args.steps} steps, float32, the paper\'s schedule, on Ray; each worker '
+            f'{args.clips} clips of "shapes", {args.steps} steps, float32, schedule {schedule}, on Ray; each worker '
             f"has one thread, and counts from the end of its first clip. The load average was {load} at the start.",
             report.table(("workers", "clips a minute"), [(name, f"{value:.2f}") for name, value in rates.items()]),
             f"Ratio {ratio:.2f}; the bar of {BAR} {'holds' if ratio >= BAR else 'does not hold'}. The pixels of both "
