@@ -19,6 +19,8 @@ from bench import report
 
 LONG = {"FASTERCACHE_MISUSE_EXAMPLES": "300", "FASTERCACHE_ALL_TARGETS": "1", "FASTERCACHE_LONG": "1"}
 """What makes the tests longer than `make test` has them."""
+MOST = 12
+"""Tests and files that are named as the slowest."""
 
 
 def main() -> None:
@@ -29,16 +31,22 @@ def main() -> None:
     parser.add_argument("tests", nargs="*", default=[], help="files, for less than all")
     args = parser.parse_args()
     start, commit = time.perf_counter(), report.commit()
-    command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadfile", "--durations=10", *args.tests]
+    command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadfile", "--durations=0", *args.tests]
     run = subprocess.run(
         command, cwd=report.ROOT, env=os.environ | LONG | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
     )
     minutes = (time.perf_counter() - start) / 60
     lines = run.stdout.strip().splitlines()
-    print("\n".join(lines[-40:]))
+    took = [match for line in lines if (match := re.match(r"([\d.]+)s (call|setup|teardown) +(\S+)", line.strip()))]
+    print("\n".join(line for line in lines if not re.match(r"[\d.]+s (call|setup|teardown)", line.strip()))[-8000:])
     # pytest closes with its counts, such as "5 passed, 2 skipped in 3.10s".
     counts = lines[-1].strip("= ") if lines else "nothing ran"
-    slowest = [line.strip() for line in lines if re.match(r"[\d.]+s (call|setup)", line.strip())]
+    files: dict[str, float] = {}
+    for match in took:
+        file = match[3].partition("::")[0]
+        files[file] = files.get(file, 0.0) + float(match[1])
+    slowest = [f"{match[1]} s: {match[3]} ({match[2]})" for match in took[:MOST]]
+    slow_files = [f"{files[file]:.0f} s: {file}" for file in sorted(files, key=files.__getitem__, reverse=True)[:MOST]]
     settings = ", ".join(f"{name}={value}" for name, value in LONG.items())
     report.write(
         args.out,
@@ -49,11 +57,13 @@ def main() -> None:
             "minutes": round(minutes, 1),
             "exit_status": run.returncode,
             "slowest": slowest,
+            "slowest_files": slow_files,
             "settings": LONG,
         },
         [
             f"{counts}; {minutes:.1f} minutes, exit status {run.returncode}, with {settings}.",
-            "Slowest:\n\n" + "\n".join(f"- {one}" for one in slowest),
+            "Slowest tests:\n\n" + "\n".join(f"- {one}" for one in slowest),
+            "Slowest files:\n\n" + "\n".join(f"- {one}" for one in slow_files),
         ],
         commit_measured=commit,
     )
