@@ -1,4 +1,5 @@
-"""What storing the caches in fewer bits costs, on the "shapes" pipeline: `python -m bench.shapes_formats`.
+"""What storing the caches in fewer bits costs, on an embedded pipeline: `python -m bench.shapes_formats [--pipeline
+wan]`.
 
 PSNR and SSIM of the paper's schedule in each cache format, against the uncached clips of the same pairs, and what a
 packed format loses to the lossless one, pair by pair.
@@ -7,21 +8,29 @@ packed format loses to the lossless one, pair by pair.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from bench import report, shapes, stats
 from fastercache import policies
 from fastercache.cache.budget import FORMATS
+from fastercache.shapes import PIPELINES
 
 BARS = {"int8": 0.1}
 """Most PSNR lost to the lossless format, in dB; what is not named here is reported."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    args = shapes.parser(__doc__, 32, "shapes_formats.json").parse_args(arguments)
-    variants = [shapes.UNCACHED, *(shapes.cached(name, policies.paper, args.steps, name) for name in FORMATS)]
-    pairs = shapes.held_out(args.pairs)
+    options = shapes.parser(__doc__, 32, "shapes_formats.json")
+    options.add_argument("--pipeline", choices=PIPELINES, default="shapes", help="the embedded pipeline")
+    args = options.parse_args(arguments)
+    command, title = "python -m bench.shapes_formats", "Shapes: cache formats"
+    command, title, out = shapes.named(command, title, options.get_default("out"), args.pipeline, None)
+    args.out = out if args.out == options.get_default("out") else args.out
+    plain = [shapes.UNCACHED, *(shapes.cached(name, policies.paper, args.steps, name) for name in FORMATS)]
+    variants = [replace(variant, pipeline=args.pipeline) for variant in plain]
+    pairs = shapes.held_out(args.pairs, args.pipeline)
     n, clips = shapes.collect(
         variants, pairs, args.steps, work=args.work, processes=args.processes, minutes=args.minutes
     )
@@ -48,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cells.append([name, f"{row['cache_bytes'] / 1e6:.2f}", f"{row['psnr_db']:.2f}", f"{row['ssim']:.4f}", *against])
 
     body = [
-        shapes.described(args.steps, args.pairs, n),
+        shapes.described(args.steps, args.pairs, n, args.pipeline),
         "PSNR and SSIM are means over clips of the paper's schedule, each against the uncached clip of the same pair. "
         "PSNR lost is the mean over pairs of the lossless format's PSNR (float32 here) less the row's, with a 95 % t "
         "interval; the bar is 0.1 dB for int8. Bytes are the whole run's, with the maps of CFG-Cache, which are "
@@ -58,12 +67,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ),
     ]
     data = {
-        "settings": shapes.settings(args.steps, args.pairs, n),
+        "settings": shapes.settings(args.steps, args.pairs, n, args.pipeline),
         "rows": rows,
         "per_pair": {name: {"psnr_db": psnr[name].tolist(), "ssim": ssim[name].tolist()} for name in FORMATS},
         "seconds_median": {name: float(np.median(one.seconds)) for name, one in clips.items()},
     }
-    report.write(args.out, "Shapes: cache formats", "python -m bench.shapes_formats", data, body)
+    report.write(args.out, title, command, data, body)
 
 
 if __name__ == "__main__":
