@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 import fastercache
-from fastercache import Prediction, Schedule, Step, cli
+from fastercache import Prediction, Schedule, Step, cli, shapes
 from fastercache.cache import room
 from fastercache.cache.budget import Limit
 
@@ -163,6 +163,59 @@ def cached(
     summary = fastercache.summary(model)
     fastercache.restore(model)
     return path, summary
+
+
+def carried(rank: int, size: int) -> tuple[float, float, dict[str, Any]]:
+    """The embedded pipeline "wan" with the schedule that it carries, alone and divided: the largest difference of the
+    latents, that of uncached ones, and the summary of the divided run."""
+    pipe = shapes.load("wan")
+    pipe.set_progress_bar_config(disable=True)
+    call = dict(shapes.PIPELINES["wan"].call) | {"guidance_scale": shapes.PIPELINES["wan"].guidance_scale}
+    prompt = shapes.PIPELINES["wan"].world.scenes[5].prompt
+
+    def latents() -> torch.Tensor:
+        return pipe(prompt, generator=torch.Generator().manual_seed(3), output_type="latent", **call).frames
+
+    def both() -> tuple[torch.Tensor, torch.Tensor]:
+        plain = latents()
+        fastercache.compile(pipe)
+        cached = latents()
+        return plain, cached
+
+    alone = both()
+    fastercache.restore(pipe)
+    fastercache.parallelize(pipe)
+    plain, divided = (float((a - b).abs().max()) for a, b in zip(alone, both(), strict=True))
+    return divided, plain, fastercache.summary(pipe).as_dict()
+
+
+def in_less_than_lossless(rank: int, size: int, name: str, cache_format: str) -> tuple[float, float]:
+    """Root-mean-square error that a cache format makes, alone and divided."""
+    model = model_of(name, size, torch.float32)
+
+    def run(format: str) -> torch.Tensor:
+        return cached(model, "paper", 12, name, size, cache_format=format)[0]
+
+    exact, alone = run("model"), run(cache_format)
+    fastercache.parallelize(model)
+    return _rms(alone - exact), _rms(run(cache_format) - exact)
+
+
+def _rms(values: torch.Tensor) -> float:
+    return float(values.double().square().mean().sqrt())
+
+
+def in_bfloat16(rank: int, size: int, name: str) -> tuple[float, float]:
+    """By how much dividing changes a run in bfloat16, uncached and by the paper's schedule (root-mean-square)."""
+    model = model_of(name, size, torch.bfloat16)
+
+    def runs() -> tuple[torch.Tensor, torch.Tensor]:
+        return sample(model, name, 12, size), cached(model, "paper", 12, name, size)[0]
+
+    alone = runs()
+    fastercache.parallelize(model)
+    uncached, scheduled = (_rms(a - b) for a, b in zip(alone, runs(), strict=True))
+    return uncached, scheduled
 
 
 def filled_up(rank: int, size: int, name: str, frames: int) -> tuple[float, dict[str, int]]:

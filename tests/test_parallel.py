@@ -307,6 +307,31 @@ def test_compiled_blocks_give_the_same(together, name):
 
 
 @long
+def test_an_embedded_pipeline_with_the_schedule_it_carries(together):
+    for state, (divided, plain, summary), _ in together(jobs.carried, seconds=300):
+        assert state == "done"
+        assert divided <= 10 * plain < 1e-3
+        share = summary["share"]
+        assert summary["schedule"].startswith("calibrated-") and share["processes"] == 2 and share["collectives"] > 0
+        assert share["saved_by_calls_not_made"] > share["collectives"] and share["added_by_caching"] == 0
+
+
+@long
+@pytest.mark.parametrize("name", ["cogvideox", "wan"])
+@pytest.mark.parametrize("cache_format", ["int8", "int8-int4"])
+def test_a_format_loses_as_much_on_two_processes(together, name, cache_format):
+    for state, (alone, divided), _ in together(jobs.in_less_than_lossless, name, cache_format):
+        assert state == "done" and 0 < divided < 1.5 * alone
+
+
+@long
+@pytest.mark.parametrize("name", ["cogvideox", "wan"])
+def test_in_bfloat16_caching_adds_no_difference_to_that_of_dividing(together, name):
+    for state, (uncached, scheduled), _ in together(jobs.in_bfloat16, name):
+        assert state == "done" and scheduled <= 3 * uncached
+
+
+@long
 def test_a_branch_for_each_group_of_processes_is_refused_where_one_would_wait(together):
     for state, said, _ in together(jobs.branches_apart, "paper", size=4):
         assert state == "ScheduleError" and "one group would have nothing to do" in said
