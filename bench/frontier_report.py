@@ -189,7 +189,7 @@ def shown(value: float | None, spec: str) -> str:
     return "not measured" if value is None else f"{value:{spec}}"
 
 
-def body(data: Mapping[str, Any], described: str, plot_name: str, converged: int) -> list[str]:
+def body(data: Mapping[str, Any], described: str, plot_name: str) -> list[str]:
     """The paragraphs and tables of the Markdown."""
     found, settings = data["rows"], data["settings"]
     shipped = " and ".join(f"{name} {version or '(not installed)'}" for name, version in settings["peers"].items())
@@ -199,8 +199,9 @@ def body(data: Mapping[str, Any], described: str, plot_name: str, converged: int
         described,
         f"![speed-up against PSNR]({plot_name})",
         "PSNR, SSIM and LPIPS against the uncached clip of the same pair, frames in float; `right`: share of clips "
-        f"that show what the prompt says. `converged`: PSNR against an uncached run of {converged} steps, "
-        f"which is fair to fewer steps, too. Speed-ups are medians of {settings['timed_pairs']} rounds in which every "
+        f"that show what the prompt says. `converged`: PSNR over the first {settings['converged_pairs']} pairs against "
+        f"an uncached run of {settings['converged_steps']} steps, which is fair to fewer steps, too. Speed-ups are "
+        f"medians of {settings['timed_pairs']} rounds in which every "
         f"arm makes one clip, of the denoiser and of the whole clip, in eager mode on {settings['threads']} threads. "
         f"FLOPs ratio of the denoiser, counted of peers in a run of them. Peers are {shipped} as they ship. {reason}",
         report.table(
