@@ -32,8 +32,48 @@ class SelfAttention(nn.Module):
         return self.dense(F.scaled_dot_product_attention(*self.query_key_value(hidden_states).chunk(3, dim=-1)))
 
 
+class Layer(nn.Module):
+    """Its own forward is SAT's default, another than the model's."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.attention, self.mlp = SelfAttention(width), nn.Linear(width, width)
+
+    def forward(self, hidden_states: Tensor, mask: Tensor, *args: object, **kw_args: object) -> Tensor:
+        return self.mlp(hidden_states + self.attention(hidden_states, mask))
+
+
+class AdaLN(nn.Module):
+    """The mixin with the model's own layers, found by their numbers."""
+
+    def __init__(self, transformer: nn.Module, width: int):
+        super().__init__()
+        object.__setattr__(self, "transformer", transformer)  # no module of this one
+        self.modulations = nn.ModuleList(nn.Linear(1, width) for _ in transformer.layers)
+
+    def layer_forward(self, hidden_states: Tensor, mask: Tensor, *args: object, **kwargs: object) -> Tensor:
+        layer, modulation = self.transformer.layers[kwargs["layer_id"]], self.modulations[kwargs["layer_id"]]
+        h = hidden_states * (1 + modulation(kwargs["emb"])[:, None])
+        h = hidden_states + layer.attention(torch.tanh(h), mask)
+        return h + layer.mlp(torch.tanh(h))
+
+
+class BaseTransformer(nn.Module):
+    def __init__(self, width: int, layers: int):
+        super().__init__()
+        self.hooks: dict = {}
+        self.layers = nn.ModuleList(Layer(width) for _ in range(layers))
+
+    def forward(self, h: Tensor, mask: Tensor, **kw_args: object) -> Tensor:
+        for number, layer in enumerate(self.layers):
+            call = self.hooks.get("layer_forward", layer)
+            h = call(h, mask, layer_id=torch.tensor(number), **kw_args, output_this_layer={}, output_cross_layer={})
+        return h
+
+
 class DiffusionTransformer(nn.Module):
-    """SAT's CogVideoX: `transformer.layers`, each with `attention` and `mlp`, over [text, video] in one sequence."""
+    """SAT's CogVideoX: `transformer.layers`, each with `attention` and `mlp`, over [text, video] in one sequence, and
+    called by a hook."""
 
     def __init__(self, hidden_size: int = 16, num_layers: int = 2, channels: int = 2, patch_size: object = (1, 2, 2)):
         super().__init__()
@@ -44,27 +84,24 @@ class DiffusionTransformer(nn.Module):
             patch_size,
         )
         self.dtype = torch.float32
-        self.transformer = nn.Module()
-        self.transformer.layers = nn.ModuleList(
-            nn.ModuleDict({"attention": SelfAttention(hidden_size), "mlp": nn.Linear(hidden_size, hidden_size)})
-            for _ in range(num_layers)
-        )
+        self.transformer, self.mixins = BaseTransformer(hidden_size, num_layers), nn.ModuleDict()
+        self.add_mixin("adaln_layer", AdaLN(self.transformer, hidden_size))
         self.patch, self.text, self.final = (
             nn.Linear(4 * channels, hidden_size),
             nn.Linear(12, hidden_size),
             nn.Linear(hidden_size, 4 * channels),
         )
 
+    def add_mixin(self, name: str, mixin: nn.Module) -> None:
+        self.mixins[name] = mixin
+        self.hooks = {"layer_forward": self.mixins["adaln_layer"].layer_forward}
+
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor, **kwargs: object) -> Tensor:
-        patches = patches_of(x, 2)
-        h = torch.cat(
-            [self.text(context), self.patch(patches.flatten(4).flatten(1, 3)) + timesteps[:, None, None] / 1000], dim=1
-        )
-        mask = torch.ones((1, 1)).to(x.dtype)
-        for number in range(self.num_layers):
-            layer = self.transformer.layers[torch.tensor(number)]
-            h = h + layer["attention"](torch.tanh(h), mask)
-            h = h + layer["mlp"](torch.tanh(h))
+        patches = patches_of(x.to(self.dtype), 2)
+        h = torch.cat([self.text(context), self.patch(patches.flatten(4).flatten(1, 3))], dim=1)
+        self.transformer.hooks.clear()
+        self.transformer.hooks.update(self.hooks)
+        h = self.transformer(h, torch.ones((1, 1)).to(h.dtype), emb=timesteps[:, None].to(h.dtype) / 1000)
         return video_of(self.final(h[:, context.shape[1] :]).reshape(patches.shape), 2)
 
 

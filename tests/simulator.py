@@ -81,10 +81,10 @@ def site_modules(model: nn.Module) -> dict[str, tuple[str, int]]:
     """Path of each site that is a module -> (kind, layer), from the models' own structure."""
     patterns = next(patterns for name, patterns in STRUCTURE.items() if type(model).__name__.startswith(name))
     sites = {}
-    for path, module in model.named_modules():
+    for path, _ in model.named_modules():
         for pattern, (kind, layer) in patterns.items():
             match = re.fullmatch(pattern, path)
-            if match and not isinstance(module, nn.ModuleDict):
+            if match:
                 sites[path] = kind, layer(int(match[1]))
     return sites
 
@@ -217,9 +217,12 @@ class Simulator:
             return before, after
 
         handles = []
+        around = {}
         for path, (kind, _) in self.sites.items():
             module = self.model.get_submodule(path)
-            if kind == "block":
+            if kind == "block" and hasattr(self.model, "hooks"):
+                around[path] = block_hooks(path)
+            elif kind == "block":
                 before, after = block_hooks(path)
                 handles += [
                     module.register_forward_pre_hook(before, with_kwargs=True),
@@ -227,6 +230,8 @@ class Simulator:
                 ]
             else:
                 handles.append(module.register_forward_hook(module_hook(path)))
+        if around:
+            handles.append(AroundLayers(self.model, around))
         try:
             output = self.model(**arguments)
             return output if isinstance(output, torch.Tensor) else output[0]
@@ -298,6 +303,23 @@ class Simulator:
                 e_u = e_u + single(step.previous) * paper_reconstruction(zero, *self.differences[-2], 1.0, 1.0, radius)
             e_u = e_u.flatten(2).mT if packed else e_u
         return e_u, e_c
+
+
+class AroundLayers:
+    """SAT calls a function in place of each layer: the layers' hooks, called around it."""
+
+    def __init__(self, model: nn.Module, around: dict):
+        self.model, self.around, self.hooks = model, around, model.hooks
+        model.hooks = self.hooks | {"layer_forward": self.call}
+
+    def call(self, *args, layer_id, **kwargs):
+        path = f"transformer.layers.{int(layer_id)}"
+        module, (before, after) = self.model.get_submodule(path), self.around[path]
+        before(module, args, kwargs)
+        return after(module, args, self.hooks["layer_forward"](*args, layer_id=layer_id, **kwargs))
+
+    def remove(self):
+        self.model.hooks = self.hooks
 
 
 def turned(entry: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

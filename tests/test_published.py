@@ -67,15 +67,15 @@ def test_the_operations_of_every_site_and_of_whole_runs(system, monkeypatch):
     counts = {}
     count = flops._count
 
-    def count_once(model, sites, arguments, autocast):
+    def count_once(model, family, sites, arguments, autocast):
         """A call of the published size takes a second to count, and many schedules ask for it."""
         batch = len(family.latents(arguments))
         if batch not in counts:
-            counts[batch] = count(model, sites, arguments, autocast)
+            counts[batch] = count(model, family, sites, arguments, autocast)
         return counts[batch]
 
     monkeypatch.setattr(flops, "_count", count_once)
-    total, inside = count_once(model, sites, family.countable(arguments), None)
+    total, inside = count_once(model, family, sites, family.countable(arguments), None)
     for site, own in zip(sites, described.sites, strict=True):
         counted = flops._of_site(site, sites, inside)
         assert counted / rows == pytest.approx(2 * own.macs, rel=0.01), site.node

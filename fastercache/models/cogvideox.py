@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
+from fastercache.errors import UnsupportedModelError
 from fastercache.models.family import Family, block_parts, child
+from fastercache.models.patching import Route
 from fastercache.models.site import Part, Site
-from fastercache.models.streams import Block
 
 
 class CogVideoX(Family):
@@ -46,7 +47,7 @@ class CogVideoX(Family):
 
 class SATCogVideoX(Family):
     """The same model in SwissArmyTransformer (github.com/THUDM/CogVideo, sat/dit_video_concat.py): text and video in
-    one sequence."""
+    one sequence. It calls the function `hooks["layer_forward"]` for each layer, not the layer."""
 
     name = "CogVideoX (SAT)"
     model_classes = ("DiffusionTransformer",)
@@ -56,6 +57,11 @@ class SATCogVideoX(Family):
 
     def parts(self, model: nn.Module) -> list[Part]:
         child(model, "transformer.layers")  # other projects have a class of that name too
+        if "layer_forward" not in getattr(model, "hooks", {}):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no hook 'layer_forward', which its family expects; the model was changed "
+                "after it was built, or its library version is not supported"
+            )
         return block_parts(
             model, "transformer.layers", range(self.config(model).num_layers), {"attention": "joint", "mlp": "mlp"}
         )
@@ -81,10 +87,9 @@ class SATCogVideoX(Family):
     def block_of(self, part: Part) -> str:
         return part.path.rpartition(".")[0]
 
-    def blocks(self, model: nn.Module, paths: Sequence[str]) -> list[Block]:
-        """None: the model calls a function of its own for each layer, not the layer, so that a block has no forward to
-        stand in for."""
-        return []
+    def route(self, model: nn.Module) -> Route:
+        transformer: Any = model.transformer
+        return Route((model, transformer), "layer_forward", "layer_id", transformer.layers)
 
     def dtype(self, model: nn.Module, arguments: Mapping[str, Any]) -> torch.dtype:
         return self.config(model).dtype

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fastercache.errors import RunError, UnsupportedModelError
+from fastercache.models.patching import Route
 from fastercache.models.site import Part, Site
 from fastercache.models.streams import Block, block_of
 from fastercache.schedule.branches import LAYOUTS, BranchLayout, LayoutName
@@ -94,6 +95,11 @@ class Family(ABC):
         """The blocks at `paths`, in the order they run; none where the family's blocks cannot be reused."""
         return [block_of(path, model.get_submodule(path), self.streams, self.live_streams) for path in paths]
 
+    def route(self, model: nn.Module) -> Route | None:
+        """Leads the calls of a model through its blocks until removed, where it calls a function of its own in their
+        place; `None` for a model that calls its blocks."""
+        return None
+
     def sites(self, model: nn.Module) -> list[Site]:
         """All sites as a tree, every one after the one that holds it: the stack, then each block with its parts."""
         parts = self.parts(model)
@@ -123,7 +129,7 @@ class Family(ABC):
         from fastercache.models.observe import observed_shapes  # it needs private names of torch's
 
         batch, countable = len(self.latents(arguments)), self.countable(arguments)
-        return observed_shapes(model, countable, batch, partial(self.sites, model), self.prediction)
+        return observed_shapes(model, countable, batch, partial(self.sites, model), self.prediction, self.route)
 
     def prediction_shape(self, model: nn.Module, arguments: Mapping[str, Any]) -> torch.Size:
         """Shape of the prediction, as `forward` gives it, for these arguments; dimension 0 is a multiple of the

@@ -80,11 +80,13 @@ def observed_shapes(
     batch: int,
     sites: Callable[[], Sequence[Site]],
     prediction: Callable[[Any], torch.Tensor],
+    route: Callable[[nn.Module], Any],
 ) -> ObservedShapes:
     """What a call with such arguments takes and gives at each site; nothing is computed, and nothing of it stays in the
     model.
 
     batch: rows of the call. sites: gives the model's sites. prediction: finds the prediction in the model's output.
+    route: leads the calls of a model through its blocks, where it passes them by.
 
     Raises:
         UnsupportedModelError: the model cannot be called on shapes alone.
@@ -93,7 +95,7 @@ def observed_shapes(
     known = _KNOWN.setdefault(model, {})
     if signature not in known:
         known.clear()
-        known[signature] = _observe(model, arguments, batch, sites(), prediction)
+        known[signature] = _observe(model, arguments, batch, sites(), prediction, route)
     return known[signature]
 
 
@@ -103,6 +105,7 @@ def _observe(
     batch: int,
     sites: Sequence[Site],
     prediction: Callable[[Any], torch.Tensor],
+    route: Callable[[nn.Module], Any],
 ) -> ObservedShapes:
     blocks = [site.path for site in sites if site.kind == "block"]
     shapes = ObservedShapes(type(model).__name__, batch, blocks[0] if blocks else "")
@@ -125,6 +128,7 @@ def _observe(
 
     try:
         with on_shapes(model) as (hollow, shapes_of), torch.no_grad():
+            route(hollow)
             for site in sites:
                 if site.kind != "stack":
                     watch(site, hollow.get_submodule(site.path))

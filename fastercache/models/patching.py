@@ -1,10 +1,10 @@
 """Putting a function in place of a module's `forward`, under whatever offloading hooks are there, and taking it out
-again."""
+again; and leading calls through modules that a model leaves out."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -52,18 +52,7 @@ class ForwardPatch:
     def remove(self) -> None:
         """Put the original back. Where a later hook holds the patch, it stays as a plain call of the original."""
         self._around = None
-        own = self._module.__dict__
-        for place, key in (forward_slot(self._module), (own, "forward")):
-            if place.get(key) is not self._installed:
-                continue
-            if (
-                place is own
-                and key == "forward"
-                and getattr(self._original, "__func__", None) is type(self._module).forward
-            ):
-                del place[key]
-            else:
-                place[key] = self._original
+        _put_back(self._module, self._installed, self._original)
 
     def __deepcopy__(self, memo: dict) -> Any:
         raise CompileError(
@@ -72,3 +61,66 @@ class ForwardPatch:
 
     def __reduce__(self) -> Any:
         raise CompileError("a compiled model cannot be pickled; call fastercache.restore first, or use save_pretrained")
+
+
+def _put_back(module: nn.Module, installed: Any, original: Any) -> None:
+    """Undo `forward = installed`, wherever hooks have moved it."""
+    own = module.__dict__
+    for place, key in (forward_slot(module), (own, "forward")):
+        if place.get(key) is not installed:
+            continue
+        if place is own and key == "forward" and getattr(original, "__func__", None) is type(module).forward:
+            del place[key]
+        else:
+            place[key] = original
+
+
+class Route:
+    """Leads the calls that a model makes of one function in place of its blocks through the blocks, until removed: the
+    function becomes each block's own forward, around which gates can stand.
+
+    SwissArmyTransformer's models are made so: they look a function up by name in a dictionary, `hooks`, and call it
+    with the number of a layer.
+
+    owners: what has such a dictionary: the first one's is what counts, the others hold copies of it. name: of the
+    function there. number: the argument that says which block it is called for.
+    """
+
+    def __init__(self, owners: Sequence[Any], name: str, number: str, blocks: nn.ModuleList):
+        function = owners[0].hooks[name]
+        if isinstance(known := getattr(function, "__self__", None), Route):  # in a copy of a model that has one
+            function = known.function
+        self.function: Callable[..., Any] = function
+        self._owners, self._name, self._number = owners, name, number
+        self._blocks: nn.ModuleList | None = blocks
+        slots = [forward_slot(block) for block in blocks]
+        self._originals = [place.get(key, block.forward) for (place, key), block in zip(slots, blocks, strict=True)]
+        for place, key in slots:
+            place[key] = function
+        self._installed = self._call_block
+        # A dictionary of its own: a copy of a model has the original's where that cannot be copied.
+        owners[0].hooks = {**owners[0].hooks, name: self._installed}
+
+    def _call_block(self, *args: Any, **kwargs: Any) -> Any:
+        if self._blocks is None:
+            return self.function(*args, **kwargs)
+        return self._blocks[kwargs[self._number]](*args, **kwargs)
+
+    def check(self) -> None:
+        """`CompileError` if the model looks up another function by now, whose calls would pass the blocks by."""
+        if self._owners[0].hooks.get(self._name) != self._installed:
+            raise CompileError(
+                f"the hook {self._name!r} of {type(self._owners[0]).__name__} was replaced after fastercache.compile, "
+                "as by a mixin that was added or removed, and its calls would pass by the blocks that are cached; call "
+                "fastercache.restore and compile again"
+            )
+
+    def remove(self) -> None:
+        """Put everything back. Where somebody has wrapped the function since, its calls go straight to it."""
+        assert self._blocks is not None
+        blocks, self._blocks = self._blocks, None
+        for owner in self._owners:
+            if owner.hooks.get(self._name) == self._installed:
+                owner.hooks[self._name] = self.function
+        for block, original in zip(blocks, self._originals, strict=True):
+            _put_back(block, self.function, original)

@@ -22,7 +22,11 @@ from fastercache.schedule.plan import Plan
 
 
 def _count(
-    model: nn.Module, sites: Sequence[Site], arguments: Mapping[str, Any], autocast: torch.dtype | None
+    model: nn.Module,
+    family: Family,
+    sites: Sequence[Site],
+    arguments: Mapping[str, Any],
+    autocast: torch.dtype | None,
 ) -> tuple[int, dict[str, int]]:
     """Operations of one call, in all and inside each site (by path)."""
     counter = FlopCounterMode(display=False)
@@ -36,6 +40,7 @@ def _count(
 
     # The math backend decomposes into matrix products, which are counted on every device.
     with on_shapes(model) as (hollow, shapes_of), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        family.route(hollow)
         for site in (site for site in sites if site.kind != "stack"):
             module = hollow.get_submodule(site.path)
             module.register_forward_pre_hook(lambda *_, path=site.path: enter(path))
@@ -89,12 +94,12 @@ def _count_run(
 ) -> RunFlops:
     batch = family.latents(arguments).shape[0]
     arguments = family.countable(arguments)
-    full = _count(model, sites, arguments, autocast)
+    full = _count(model, family, sites, arguments, autocast)
     alone = full
     if layout.two_calls:
         full = 2 * alone[0], {path: 2 * count for path, count in alone[1].items()}
     elif layout.guided:
-        alone = _count(model, sites, family.narrow(arguments, batch, layout.rows(batch, ("cond",))), autocast)
+        alone = _count(model, family, sites, family.narrow(arguments, batch, layout.rows(batch, ("cond",))), autocast)
     by_phase = []
     for phase in plan.phases:
         total, inside = full if phase.branches == plan.branches else alone

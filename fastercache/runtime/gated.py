@@ -11,7 +11,7 @@ from torch import nn
 from fastercache.cache.cache import Cache
 from fastercache.errors import CompileError
 from fastercache.models.family import Family
-from fastercache.models.patching import ForwardPatch
+from fastercache.models.patching import ForwardPatch, Route
 from fastercache.models.site import Site
 from fastercache.runtime.gates import (
     BlockGate,
@@ -88,6 +88,7 @@ class GatedModel:
         self._blocks = family.block_paths(model)
         blocks = [model.get_submodule(path) for path in self._blocks]
         self._gates: dict[int, ModuleGate | Interval] = {}
+        self._route: Route | None = None
         self._patches: list[ForwardPatch] = []
         self._open: list[ModuleGate | Interval] = []
         self._states: list[CadenceState] = []
@@ -99,6 +100,8 @@ class GatedModel:
     def check(self, modules: Sequence[nn.Module]) -> str | None:
         """Before a run: `CompileError` if the model is not the one that was compiled any more, a note if it is one that
         costs new graphs."""
+        if self._route is not None:
+            self._route.check()
         present = set(map(id, modules))
         for site in self.sites:
             if site.module is not None and id(site.module) not in present:
@@ -154,6 +157,9 @@ class GatedModel:
             patch.remove()
         self._patches.clear()
         self._gates.clear()
+        if self._route is not None:
+            self._route.remove()
+            self._route = None
         if self.graphs is not None:
             self.graphs.detach()
 
@@ -176,6 +182,8 @@ class GatedModel:
             return
         stack = next(index for index, site in enumerate(self.sites) if site.kind == "stack")
         self._gates[stack] = whole = Interval(self.family.at_exit)
+        # Under the gates; over the blocks' graphs, as no graph for all can hold a function that finds each by number.
+        self._route = self.family.route(self.model)
         for index in blocks:
             block = self.sites[index].block
             assert block is not None
