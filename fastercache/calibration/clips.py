@@ -43,11 +43,13 @@ class Example:
 
 
 def described(value: Any) -> str:
-    """A short hash of a call's arguments, tensors included."""
+    """A short hash of a call's arguments, tensors and images included."""
 
     def plain(part: Any) -> Any:
         if isinstance(part, torch.Tensor):
-            return hashlib.sha256(part.detach().float().cpu().numpy().tobytes()).hexdigest()
+            part = part.detach().float().cpu().numpy()
+        if hasattr(part, "__array_interface__"):  # an image, too, whose text has its address
+            return hashlib.sha256(np.asarray(part).tobytes()).hexdigest()
         return f"{type(part).__name__} {part}"
 
     ordered = dict(sorted(value.items())) if isinstance(value, Mapping) else value
