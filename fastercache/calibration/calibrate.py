@@ -191,7 +191,7 @@ class Calibration:
         with self._bar:
             start = self._clock()
             with self.stage.open():
-                self.prepare()
+                self.prepare(max(targets) if psnr is None else None)
             prepared = self._clock() - start
             for target in targets:
                 start = self._clock() - prepared
@@ -218,8 +218,11 @@ class Calibration:
             facts | environment.versions(),
         )
 
-    def prepare(self) -> None:
-        """Uncached generations, and what follows from them; on a stage that is open."""
+    def prepare(self, speedup: float | None = None) -> None:
+        """Uncached generations, and what follows from them; on a stage that is open.
+
+        speedup: the most that is asked for, which is refused after the first generation where no steps reach it.
+        """
         capture = Capture(self.stage, self.options.divisor)
 
         def signature() -> dict[str, Any]:
@@ -238,11 +241,14 @@ class Calibration:
             self._advance(1.0)
             return reference
 
-        self.fitted = [made(example) for example in self.fitted_examples]
+        first, *others = self.fitted_examples
+        self.fitted = [made(first)]
+        self.costs = Costs(**self.store.found("costs", lambda: asdict(capture.costs(first))))
+        if speedup is not None:
+            self._check_reached(speedup)
+        self.fitted += [made(example) for example in others]
         self.held = [made(example) for example in self.held_examples]
-        first = self.fitted[0]
         self.signature = Signature.from_dict(self.store.found("signature", signature), "the stored signature")
-        self.costs = Costs(**self.store.found("costs", lambda: asdict(capture.costs(first.example))))
         disturbed = Disturbed(self.stage)
         curve = self.store.found(
             "importance", lambda: importance(disturbed, self.fitted[:2], self.effort.points).tolist()
@@ -251,6 +257,16 @@ class Calibration:
         self.importance = np.asarray(curve)
         self.residuals = Residuals(self.fitted)
         self.seconds_uncached = float(np.median([one.seconds for one in self.fitted]))
+
+    def _check_reached(self, speedup: float) -> None:
+        """`CalibrationError` where the first reference's steps and costs allow no schedule that is so much faster."""
+        residuals = Residuals(self.fitted[:1])
+        fastest = self.costs.speedup(Search(residuals, np.ones(residuals.steps), self.costs).fastest())
+        if speedup > fastest:
+            raise CalibrationError(
+                f"a speed-up of {speedup:g} cannot be reached: of {residuals.steps} steps, the fastest schedule that "
+                f"is searched gives {fastest:.2f}; ask for less, or for fewer steps in num_inference_steps too"
+            )
 
     # ---- candidates --------------------------------------------------------------------------------------------------
 
@@ -273,12 +289,6 @@ class Calibration:
     def _best(self, speedup: float) -> Candidate:
         """The best schedule that is at least so much faster."""
         first = next(self.searches())[0]
-        fastest = self.costs.speedup(first.fastest())
-        if speedup > fastest:
-            raise CalibrationError(
-                f"a speed-up of {speedup:g} cannot be reached: of {self.residuals.steps} steps, the fastest schedule "
-                f"that is searched gives {fastest:.2f}; ask for less, or for fewer steps in num_inference_steps too"
-            )
         runs: dict[Running, None] = {}
         for search, whole in self.searches():
             running = search.best(speedup, whole)
