@@ -161,9 +161,9 @@ class Branches:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The difference of the branches in its low and its high frequencies, as CFG-Cache takes them."""
         family = self.families[notes.component]
-        planes = [family.planes(one, notes.arguments) for one in (uncond, cond)]
-        low, high = (torch.empty_like(planes[0], memory_format=torch.contiguous_format) for _ in range(2))
-        ops.cfg_split(low, high, *planes, min(low.shape[-2:]) // divisor)
+        of_uncond, of_cond = (family.planes(one, notes.arguments) for one in (uncond, cond))
+        low, high = (torch.empty_like(of_cond, memory_format=torch.contiguous_format) for _ in range(2))
+        ops.cfg_split(low, high, of_uncond, of_cond, min(low.shape[-2:]) // divisor)
         return family.unplaned(low, notes.arguments), family.unplaned(high, notes.arguments)
 
 
