@@ -22,8 +22,11 @@ from diffusers import (
 )
 from models import OTHERS, TWO_CALLS, hunyuan15, mask
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastercache
+from fastercache import CompileError
 from fastercache.cache.cache import Cache
 
 pytestmark = pytest.mark.filterwarnings("ignore::fastercache.FasterCacheWarning")
@@ -187,6 +190,29 @@ def test_a_guider_says_whether_there_is_guidance(pipeline):
     pipe.guider.disable()
     sample(pipe, arguments)
     assert fastercache.summary(pipe).guidance == "none"
+
+
+def test_what_is_counted_of_hunyuan_video_15_is_what_it_computes():
+    """Though it reads masks and an image: all tokens stay, whatever these are."""
+    pipe, arguments = hunyuan15_text(1)
+    fastercache.compile(pipe, "none")
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        sample(pipe, arguments)
+    assert fastercache.summary(pipe).flops.uncached == counter.get_total_flops() > 0
+
+
+def test_hunyuan_video_15_compiles_by_its_blocks():
+    """It asks on the host whether it is given an image."""
+    pipe, arguments = hunyuan15_text(1)
+    fastercache.compile(pipe)
+    expected = sample(pipe, arguments)
+    fastercache.restore(pipe)
+    fastercache.compile(pipe, backend="eager")
+    with pytest.raises(CompileError, match=r"does not compile as one graph: 'Data-dependent branching'; regional=True"):
+        sample(pipe, arguments)
+    fastercache.restore(pipe)
+    fastercache.compile(pipe, backend="eager", regional=True)
+    torch.testing.assert_close(sample(pipe, arguments), expected)
 
 
 class TestExperts:
