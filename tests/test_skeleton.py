@@ -167,8 +167,9 @@ def inputs(size=4):
 
 
 def stand_ins():
+    """Those that are alive, by their identity."""
     gc.collect()
-    return sum(issubclass(type(one), FakeTensor) for one in gc.get_objects())
+    return {id(one): one for one in gc.get_objects() if issubclass(type(one), FakeTensor)}
 
 
 def forget():
@@ -198,7 +199,7 @@ def test_nothing_is_kept_of_a_call_on_shapes(rope):
     fastercache.restore(model)
     actual.append(run(model, 4)[0])
     assert all(map(torch.equal, actual, expected))
-    assert stand_ins() == before
+    assert stand_ins().keys() <= before.keys()  # other tests' may be there, and stay while `before` holds them
 
 
 class ReadsValues(Model):
