@@ -25,9 +25,9 @@ from bench import frontier_report, frontier_settings, peers, report, shapes
 from bench.shapes_quality import scores
 from bench.shapes_speed import Stopwatch
 from fastercache import policies
+from fastercache.calibration.clips import psnr
 from fastercache.errors import FasterCacheError
 from fastercache.host import environment, steady
-from fastercache.report import metrics
 from fastercache.schedule.policies import Policy
 from fastercache.schedule.schedule import Schedule
 from fastercache.shapes import PIPELINES
@@ -307,11 +307,6 @@ def rounds(
             print(f"round {number + 1} of {len(pairs)}", flush=True)
         found.append(json.loads(path.read_text()))
     return found
-
-
-def psnr(clip: np.ndarray, reference: np.ndarray) -> float:
-    """Of float frames, in dB, at most `shapes.PSNR_CEILING`."""
-    return min(metrics.psnr(clip[None], reference[None]), shapes.PSNR_CEILING)
 
 
 # ---- quality ---------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from rich.text import Text
 
 import fastercache
 from fastercache import demo as demonstration
-from fastercache import ops, sampling
+from fastercache import ops, sampling, shapes
 from fastercache.cache import formats
 from fastercache.errors import FasterCacheError, FasterCacheWarning
 from fastercache.host import carried, environment, processes, steady
@@ -166,7 +166,10 @@ AttentionOption = Annotated[
 ]
 DownloadOption = Annotated[bool, typer.Option("--download", help="Let diffusers fetch what is not on this machine.")]
 PipelineArgument = Annotated[
-    str, typer.Argument(help="A diffusers pipeline directory, a name on the hub, or 'shapes', the embedded one.")
+    str,
+    typer.Argument(
+        help=f"A diffusers pipeline directory, a name on the hub, or an embedded one: {', '.join(shapes.PIPELINES)}."
+    ),
 ]
 
 
@@ -290,8 +293,7 @@ def sample(
     if not first:
         screen = Console(quiet=True)  # errors are said by every process, the rest by the first
     named = None if schedule is None else carried.resolve(schedule, download=download)
-    if pipeline == "shapes":
-        demonstration.check_prompt(prompt)
+    demonstration.check_prompt(prompt, pipeline)
     place = sampling.device_here(device.value)
     if place == "cuda" and context_parallel is not None:
         processes.refuse_shared_gpu()
@@ -445,9 +447,8 @@ def calibrate(
         if isinstance(value, float) and not (math.isfinite(value) and value > least):
             _fail(f"--{name} {value}: give a number over {least}")
     texts = _prompts_in(prompts)
-    if pipeline == "shapes":
-        for prompt in texts:
-            demonstration.check_prompt(prompt)
+    for prompt in texts:
+        demonstration.check_prompt(prompt, pipeline)
     place = sampling.device_here(device.value)
     sampling.check_source(pipeline, download)
     for name in (calibration.REPORT, *(f"examples{suffix}" for suffix in demonstration.FILM)):
@@ -598,8 +599,7 @@ def batch(
         asked = job.arguments.get("num_inference_steps")
         if asked is not None and isinstance(plan, Schedule) and asked != len(plan):
             raise lists.BatchError(f"num_inference_steps is {asked}, but {schedule} has {len(plan)} steps")
-        if pipeline == "shapes":
-            demonstration.check_prompt(job.prompt)
+        demonstration.check_prompt(job.prompt, pipeline)
 
     asked = {
         "num_inference_steps": steps,

@@ -25,7 +25,7 @@ from fastercache.host import carried, environment
 from fastercache.schedule.carried import Carried
 from fastercache.schedule.policies import Policy, paper
 from fastercache.schedule.schedule import Schedule
-from fastercache.shapes.world import COLOURS, DIRECTIONS, SCENES, SHAPES, Scene
+from fastercache.shapes.world import Scene
 
 if TYPE_CHECKING:
     from fastercache.report.media import Take
@@ -44,20 +44,25 @@ LOOPS = 4
 
 
 class PromptError(fastercache.FasterCacheError, ValueError):
-    """A prompt that "shapes" has not learnt."""
+    """A prompt that an embedded pipeline has not learnt."""
 
 
-def check_prompt(prompt: str) -> None:
-    """`PromptError` names the word that is unknown, missing or one too many."""
-    known = {word for scene in SCENES for word in scene.prompt.split()}
+def check_prompt(prompt: str, pipeline: str = "shapes") -> None:
+    """`PromptError` names the word that is unknown to an embedded pipeline, missing or one too many; any other takes
+    any prompt."""
+    if pipeline not in shapes.PIPELINES:
+        return
+    world = shapes.PIPELINES[pipeline].world
+    known = {word for scene in world.scenes for word in scene.prompt.split()}
     unknown = [word for word in prompt.lower().split() if word not in known]
     if unknown:
-        choices = " ".join("|".join(words) for words in (COLOURS, SHAPES, ("moving",), DIRECTIONS))
+        kinds = (world.colours, world.textures, world.shapes, ("moving",), world.directions)
+        choices = " ".join("|".join(words) for words in kinds if words)
         raise PromptError(
-            f"prompt {prompt!r}: 'shapes' has not learnt the word {unknown[0]!r}; its prompts are 'a {choices}'"
+            f"prompt {prompt!r}: {pipeline!r} has not learnt the word {unknown[0]!r}; its prompts are 'a {choices}'"
         )
     try:
-        Scene.parse(prompt)
+        Scene.parse(prompt, world)
     except ValueError as error:
         raise PromptError(str(error)) from error
 

@@ -43,20 +43,20 @@ def is_directory(pipeline: str) -> bool:
 
 def check_source(pipeline: str, download: bool) -> None:
     """`PipelineError`, before anything is loaded, for what cannot be a pipeline."""
-    if pipeline == "shapes" or download or is_directory(pipeline):
+    if pipeline in shapes.PIPELINES or download or is_directory(pipeline):
         return
     if Path(pipeline).exists() or not re.fullmatch(carried.HUB_NAME, pipeline):
         raise PipelineError(
             f"{pipeline!r} is not a pipeline directory (no model_index.json in it); give one that save_pretrained "
-            "wrote, or 'shapes'"
+            f"wrote, or an embedded one: {', '.join(map(repr, shapes.PIPELINES))}"
         )
 
 
 def load(pipeline: str, dtype: torch.dtype, download: bool) -> Any:
-    """The pipeline, on the CPU: 'shapes', a directory, or a name on the hub. `PipelineError` says what is wrong with
-    it."""
-    if pipeline == "shapes":
-        return shapes.load(dtype=dtype)
+    """The pipeline, on the CPU: an embedded one, a directory, or a name on the hub. `PipelineError` says what is wrong
+    with it."""
+    if pipeline in shapes.PIPELINES:
+        return shapes.load(pipeline, dtype)
     try:
         return shapes.load_pipeline(pipeline, dtype, download=download)
     except ImportError:

@@ -8,6 +8,7 @@ import torch
 from diffusers import (
     AllegroTransformer3DModel,
     CogVideoXTransformer3DModel,
+    HunyuanVideo15Transformer3DModel,
     HunyuanVideoTransformer3DModel,
     LatteTransformer3DModel,
     LTXVideoTransformer3DModel,
@@ -171,6 +172,26 @@ def hunyuan(dtype: torch.dtype = torch.float64, seed: int = 0, heads: int = 2) -
     return ready(model, dtype)
 
 
+def hunyuan15(dtype: torch.dtype = torch.float64, seed: int = 0, heads: int = 2, conditions: int = 0) -> nn.Module:
+    """conditions: channels of its input beside those that it predicts."""
+    torch.manual_seed(seed)
+    model = HunyuanVideo15Transformer3DModel(
+        in_channels=2 + conditions,
+        out_channels=2,
+        num_attention_heads=heads,
+        attention_head_dim=8,
+        num_layers=2,
+        num_refiner_layers=1,
+        patch_size=2,
+        text_embed_dim=12,
+        text_embed_2_dim=10,
+        image_embed_dim=6,
+        rope_axes_dim=(4, 2, 2),
+    )
+    model.context_embedder_2 = type(model.context_embedder_2)(10, 16, 8 * heads)  # its width is 2048 for any model
+    return ready(model, dtype)
+
+
 def wan(dtype: torch.dtype = torch.float64, seed: int = 0, heads: int = 2) -> nn.Module:
     torch.manual_seed(seed)
     model = WanTransformer3DModel(
@@ -258,6 +279,15 @@ def call(model: nn.Module, rows: int, seed: int = 0) -> dict[str, Any]:
             "height": 6,
             "width": 5,
         }
+    if name == "HunyuanVideo15Transformer3DModel":
+        return common | {
+            "hidden_states": values(rows, model.config.in_channels, 3, 8, 6),
+            "encoder_hidden_states": values(rows, 5, 12),
+            "encoder_attention_mask": mask(rows, 5),
+            "encoder_hidden_states_2": values(rows, 3, 10),
+            "encoder_attention_mask_2": mask(rows, 3),
+            "image_embeds": values(rows, 4, 6),
+        }
     texts = {
         "encoder_hidden_states": values(rows, 5, 16 if name.startswith("Mochi") else 12),
         "encoder_attention_mask": mask(rows, 5),
@@ -272,5 +302,5 @@ def latents_of(arguments: dict[str, Any]) -> str:
 
 
 OTHERS = {"stdit3": stdit3, "latte_t2v": latte_t2v, "mochi": mochi, "ltx": ltx, "allegro": allegro, "hunyuan": hunyuan}
-TWO_CALLS = {"wan": wan, "vchitect": vchitect}
+TWO_CALLS = {"wan": wan, "vchitect": vchitect, "hunyuan15": hunyuan15}
 """Families whose pipelines call once for each branch."""

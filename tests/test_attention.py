@@ -22,9 +22,9 @@ from torch._dynamo.testing import CompileCounter
 
 import fastercache
 from fastercache import CompileError
+from fastercache.models.registry import family_of
 
 STEPS = 12
-SWITCHABLE = {"ltx", "hunyuan", "wan"}
 FLASH, MATH, NATIVE, SAGE = map(dispatch.AttentionBackendName, ("flash", "_native_math", "native", "sage"))
 registry = dispatch._AttentionBackendRegistry
 native = registry._backends[NATIVE]
@@ -182,7 +182,7 @@ def test_which_models_have_a_choice(family):
     make = (MODELS | OTHERS | TWO_CALLS)[family]
     model = make()
     before = state(model)
-    if family in SWITCHABLE:
+    if hasattr(sys.modules[type(model).__module__], "dispatch_attention_fn"):  # which asks for a backend
         fastercache.compile(model, attention_backend="_native_math")
         assert model._fastercache_engine.host.attention.backends == ("_native_math",)
         return
@@ -190,7 +190,7 @@ def test_which_models_have_a_choice(family):
         fastercache.compile(model, attention_backend="_native_math")
     assert state(model) == before and not hasattr(model, "_fastercache_engine") and "forward" not in vars(model)
     inputs = arguments(model, 4) if family in MODELS else call(model, 4)
-    order = "cond-then-uncond" if family == "vchitect" else "uncond-first"
+    order = family_of(model).layout
     fastercache.compile(model, "none", steps=1, cfg=order, attention_backend="auto")
     run(model, inputs, steps=2)
     assert "nothing to choose" in attention_note(model) and state(model) == before

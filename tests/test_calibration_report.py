@@ -112,6 +112,29 @@ def test_points_lie_where_the_axes_say():
     assert "x & y" in [text.text for text in svg(chart).iter("{http://www.w3.org/2000/svg}text")]
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0.0107, 0.049, ["0.01", "0.02", "0.05"]),
+        (0.02, 0.02, ["0.02", "0.05"]),
+        (1e-3, 1.0, ["0.001", "0.01", "0.1", "1"]),
+    ],
+)
+def test_a_logarithmic_axis_has_lines_to_read_values_by(low, high, ticks):
+    """And begins with the first step, whatever can be drawn of it."""
+    chart = plot([Series("a", [(1, 0.0), (5, low), (9, high)], "line")], "x", "y", logarithmic=True)
+    texts = [text for text in svg(chart).iter("{http://www.w3.org/2000/svg}text")]
+    assert [text.text for text in texts if text.get("text-anchor") == "end"] == ticks
+    assert next(text.text for text in texts if text.get("text-anchor") == "middle") in ("0", "1")
+
+
+def test_the_legend_shows_each_series_as_it_is_drawn():
+    drawn = [Series(kind, [(1, 2), (3, 4)], kind, colour) for kind, colour in (("dots", "red"), ("rings", "blue"))]
+    chart = plot([*drawn, Series("line", [(1, 2), (3, 4)], "line", "green")], "x", "y")
+    assert len(marks(chart, "circle", "red")) == len(marks(chart, "circle", "blue")) == 3
+    assert len(marks(chart, "line", "green")) == 1
+
+
 @pytest.mark.parametrize("points", [[(1, 5)], [(1, 5), (2, 5)], [(1e-9, 1e9), (2e-9, 1.1e9)], [(-3, -2), (5, 0.1)]])
 @pytest.mark.parametrize("logarithmic", [False, True])
 def test_any_points_fit_into_the_plot(points, logarithmic):

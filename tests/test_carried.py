@@ -19,6 +19,7 @@ from rich.console import Console
 import fastercache
 from fastercache import Schedule, ScheduleError, Signature, Step, demo, policies, shapes
 from fastercache.host import carried
+from fastercache.report.calibration import write_schedules
 from fastercache.schedule.carried import Carried, index_of
 
 PROMPT = "a red circle moving right"
@@ -232,6 +233,24 @@ class Fetched:
         if self.folder is None or not (self.folder / file).exists():
             raise OSError("offline")
         return str(self.folder / file)
+
+
+def test_a_folder_that_a_calibration_left(tmp_path):
+    write_schedules([GUIDED, SIX], tmp_path)
+    for name in (tmp_path, str(tmp_path)):
+        found = carried.resolve(name)
+        assert found.schedules == {4: (GUIDED,), 6: (SIX,)}
+        with pytest.raises(ScheduleError, match="fits a run of 8 steps with guidance; it has 'guided' for 4 steps"):
+            found(8, True)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ScheduleError, match=r"empty' is a folder without an index\.json"):
+        carried.resolve(tmp_path / "empty")
+
+
+def test_a_policy_goes_before_a_folder_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "paper").mkdir()
+    assert carried.resolve("paper") is policies.paper
 
 
 def test_a_file_that_is_there_goes_before_a_repository(tmp_path, monkeypatch):

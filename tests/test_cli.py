@@ -217,12 +217,17 @@ def test_missing_package(tmp_path, monkeypatch):
 # ---- sample ----------------------------------------------------------------------------------------------------------
 
 
-def test_sample(tmp_path):
+@pytest.mark.parametrize(
+    ("pipeline", "prompt", "frames"), [("shapes", PROMPT, 8), ("wan", "a blue striped circle moving left", 9)]
+)
+def test_sample(tmp_path, pipeline, prompt, frames):
+    """With the defaults of what the embedded pipelines were trained for."""
     out = tmp_path / "new" / "clip.mp4"
-    result = run("sample", "shapes", "--prompt", PROMPT, "--steps", 2, "--out", out)
+    result = run("sample", pipeline, "--prompt", prompt, "--steps", 2, "--out", out)
     assert result.exit_code == 0, result.output
-    assert "8 frames of 64 x 64" in result.stdout and "2 steps" in result.stdout and "CPU thread" in result.stdout
-    assert iio.imread(out, plugin="pyav").shape == (8, 64, 64, 3)
+    assert f"{frames} frames of 64 x 64" in result.stdout and "2 steps" in result.stdout
+    assert "CPU thread" in result.stdout
+    assert iio.imread(out, plugin="pyav").shape == (frames, 64, 64, 3)
 
 
 def test_sample_compares_with_a_schedule_that_skips_nothing(tmp_path):
@@ -350,8 +355,15 @@ class TestWhatIsNoticedBeforeAnythingIsLoaded:
         words = ("--speedup", 2, "--prompts", prompts_file(tmp_path), "--out", tmp_path)
         assert "report.md" in error_of("calibrate", "shapes", *words)
 
-    def test_a_prompt_that_shapes_has_not_learnt(self):
-        assert "zebra" in error_of("sample", "shapes", "--prompt", "a zebra moving right")
+    @pytest.mark.parametrize("pipeline", shapes.PIPELINES)
+    @pytest.mark.parametrize(
+        ("prompt", "message"), [("a red zebra moving up", "has not learnt the word 'zebra'"), ("a red", "names 0 ")]
+    )
+    def test_a_prompt_that_an_embedded_pipeline_has_not_learnt(self, pipeline, prompt, message):
+        assert message in error_of("sample", pipeline, "--prompt", prompt)
+
+    def test_what_is_no_pipeline(self, tmp_path):
+        assert "or an embedded one: 'shapes', 'wan'" in error_of("sample", tmp_path, "--prompt", PROMPT)
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,7 @@ SIZES = {
     "mochi": ("Mochi", lambda: PIPELINES["mochi"](1), "64", "48", "13"),
     "wan": ("Wan", lambda: PIPELINES["wan"](1), "64", "48", "9"),
     "hunyuan_video": ("HunyuanVideo", lambda: PIPELINES["hunyuan"](1), "64", "48", "9"),
+    "hunyuan_video15": ("HunyuanVideo 1.5", lambda: PIPELINES["hunyuan15_text"](1), "128", "96", "9"),
     "ltx_video": ("LTX-Video", lambda: PIPELINES["ltx"](1), "192", "160", "9"),
     "allegro": ("Allegro", lambda: PIPELINES["allegro"](1), "64", "48", "12"),
 }

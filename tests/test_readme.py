@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import fastercache
 from fastercache import Schedule, Step, cli, demo, policies, shapes
 from fastercache.report import media
-from fastercache.shapes.text_to_video import ShapesPipeline
+from fastercache.shapes.text_to_video import CLASSES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -29,7 +29,7 @@ STEPS = 6
 pytestmark = pytest.mark.filterwarnings("ignore::fastercache.FasterCacheWarning")
 
 
-class Short(ShapesPipeline):
+class Short(CLASSES["shapes"]):
     def __call__(self, prompt, num_inference_steps=STEPS, **arguments):
         return super().__call__(prompt, num_inference_steps=STEPS, **arguments)
 

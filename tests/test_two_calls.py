@@ -10,6 +10,7 @@ from simulator import Simulator
 import fastercache
 from bench.graphs import DeviceReads
 from fastercache import RunError, policies
+from fastercache.models.registry import family_of
 from fastercache.runtime.guidance import same
 
 pytestmark = pytest.mark.filterwarnings("ignore::fastercache.FasterCacheWarning")
@@ -99,8 +100,8 @@ def doubled(inputs):
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_unconditional_call_is_saved_and_the_conditional_made_once(name, order):
     model, seen = TWO_CALLS[name](torch.float32), []
-    blocks = model.blocks if name == "wan" else model.transformer_blocks
-    blocks[0].register_forward_pre_hook(lambda *_: seen.append(1))
+    first = family_of(model).block_paths(model)[0]
+    model.get_submodule(first).register_forward_pre_hook(lambda *_: seen.append(1))
     fastercache.compile(model, steps=STEPS, cfg=order)
     trajectory(sampler(model, order), model, 1)
     single = sum(step.branches == "cond" for step in policies.paper(STEPS).steps)

@@ -9,16 +9,24 @@ import pytest
 import torch
 from diffusers import (
     AllegroPipeline,
+    AutoencoderKLHunyuanVideo15,
+    ClassifierFreeGuidance,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanVideo15ImageToVideoPipeline,
+    HunyuanVideo15Pipeline,
     HunyuanVideoPipeline,
     LTXPipeline,
     MochiPipeline,
     WanPipeline,
 )
-from models import OTHERS, TWO_CALLS, mask
+from models import OTHERS, TWO_CALLS, hunyuan15, mask
+from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastercache
+from fastercache import CompileError
 from fastercache.cache.cache import Cache
 
 pytestmark = pytest.mark.filterwarnings("ignore::fastercache.FasterCacheWarning")
@@ -82,6 +90,28 @@ def hunyuan_true_guidance(prompts):
     return pipe, arguments | negative | {"true_cfg_scale": 4.0}
 
 
+def hunyuan15_text(prompts, pipeline=HunyuanVideo15Pipeline, **components):
+    """Beside two channels of latents the denoiser is given those of an image, zeros here, and a mask."""
+    vae = AutoencoderKLHunyuanVideo15(latent_channels=2, block_out_channels=(16,) * 5, layers_per_block=1)
+    components |= {"guider": ClassifierFreeGuidance(guidance_scale=4.0), "scheduler": FlowMatchEulerDiscreteScheduler()}
+    others = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    pipe = pipeline(transformer=hunyuan15(torch.float32, conditions=3), vae=vae, **components, **others)
+    pipe.vision_num_semantic_tokens, pipe.target_size = 4, 64
+    text = embeddings(("prompt_embeds", "negative_prompt_embeds"), prompts, 12)
+    text |= embeddings(("prompt_embeds_2", "negative_prompt_embeds_2"), prompts, 10, tokens=3)
+    masks = {name.replace("embeds", "embeds_mask"): mask(prompts, value.shape[1]) for name, value in text.items()}
+    return pipe, text | masks | {"height": 128, "width": 96, "num_frames": 9}
+
+
+def hunyuan15_image(prompts):
+    components = {"image_encoder": None, "feature_extractor": None}
+    pipe, arguments = hunyuan15_text(prompts, HunyuanVideo15ImageToVideoPipeline, **components)
+    of_image = embeddings(("image_embeds",), 1, 6, tokens=4)["image_embeds"]
+    pipe.encode_image = lambda image, batch_size, device, dtype: of_image.expand(batch_size, -1, -1)
+    del arguments["height"], arguments["width"]
+    return pipe, arguments | {"image": Image.linear_gradient("L").resize((64, 64)).convert("RGB")}
+
+
 def wan(prompts, **components):
     pipe = WanPipeline(
         None, None, None, FlowMatchEulerDiscreteScheduler(), TWO_CALLS["wan"](torch.float32), **components
@@ -95,7 +125,18 @@ def wan_experts(prompts):
 
 
 PIPELINES = {
-    function.__name__: function for function in (mochi, ltx, allegro, hunyuan, hunyuan_true_guidance, wan, wan_experts)
+    function.__name__: function
+    for function in (
+        mochi,
+        ltx,
+        allegro,
+        hunyuan,
+        hunyuan_true_guidance,
+        hunyuan15_text,
+        hunyuan15_image,
+        wan,
+        wan_experts,
+    )
 }
 
 
@@ -138,6 +179,40 @@ def test_guidance_off_is_one_branch(name):
     fastercache.compile(pipe)
     sample(pipe, arguments, guidance_scale=1.0)
     assert fastercache.summary(pipe).guidance == "none"
+
+
+@pytest.mark.parametrize("pipeline", [hunyuan15_text, hunyuan15_image])
+def test_a_guider_says_whether_there_is_guidance(pipeline):
+    pipe, arguments = pipeline(1)
+    fastercache.compile(pipe)
+    sample(pipe, arguments)
+    assert fastercache.summary(pipe).guidance == "cond-then-uncond"
+    pipe.guider.disable()
+    sample(pipe, arguments)
+    assert fastercache.summary(pipe).guidance == "none"
+
+
+def test_what_is_counted_of_hunyuan_video_15_is_what_it_computes():
+    """Though it reads masks and an image: all tokens stay, whatever these are."""
+    pipe, arguments = hunyuan15_text(1)
+    fastercache.compile(pipe, "none")
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        sample(pipe, arguments)
+    assert fastercache.summary(pipe).flops.uncached == counter.get_total_flops() > 0
+
+
+def test_hunyuan_video_15_compiles_by_its_blocks():
+    """It asks on the host whether it is given an image."""
+    pipe, arguments = hunyuan15_text(1)
+    fastercache.compile(pipe)
+    expected = sample(pipe, arguments)
+    fastercache.restore(pipe)
+    fastercache.compile(pipe, backend="eager")
+    with pytest.raises(CompileError, match=r"does not compile as one graph: 'Data-dependent branching'; regional=True"):
+        sample(pipe, arguments)
+    fastercache.restore(pipe)
+    fastercache.compile(pipe, backend="eager", regional=True)
+    torch.testing.assert_close(sample(pipe, arguments), expected)
 
 
 class TestExperts:

@@ -20,7 +20,7 @@ from fastercache.schedule.step import RunningBranches
 
 @dataclass
 class Predicted:
-    """A step's predictions, cut to the channels of the latents, float32 in the latents' shape.
+    """A step's predictions, cut to the channels of the latents, float32 in their shape.
 
     cond, uncond: of the branches; `uncond` is `None` without guidance. latents: what the denoiser was given.
     """
@@ -39,7 +39,8 @@ class CallNotes:
     """What a lane keeps of its calls of the denoiser.
 
     now: the predictions of the step it is in, as far as they were computed. component: the denoiser that this step
-    called. outputs: the newest whole prediction of each call of a step, to be given where nothing is computed.
+    called. latents: what it was given, cut to the channels of the predictions. outputs: the newest whole prediction of
+    each call of a step, to be given where nothing is computed.
     """
 
     layout: Any = None
@@ -98,31 +99,33 @@ class Branches:
         guided, latents = notes.layout.guided, family.latents(arguments)
         batch = len(latents)
         rows = {b: notes.layout.rows(batch, (b,)) if guided else slice(0, batch) for b in notes.layout.order}
-        notes.latents = latents[rows["cond"]]
+        given = latents[rows["cond"]]
         if running == "none":
+            notes.latents = self._cut(family, notes.outputs[0][rows["cond"]], given)[1]
             return family.with_prediction(notes.form, notes.outputs[0])
         if running == "cond" and guided:
             output = self._timed("cond", original, family.narrow(arguments, batch, rows["cond"]))
             whole = notes.outputs[0].clone()
             whole[rows["cond"]] = family.prediction(output)
-            notes.now["cond"] = self._cut(family, family.prediction(output), notes.latents)
+            notes.now["cond"], notes.latents = self._cut(family, family.prediction(output), given)
             return family.with_prediction(notes.form, whole)
         output = self._timed("both", original, arguments)
         whole = family.prediction(output)
         self._keep(notes, family, output, 0)
         for branch, which in rows.items():
-            notes.now[branch] = self._cut(family, whole[which], notes.latents)
+            notes.now[branch], notes.latents = self._cut(family, whole[which], given)
         return output
 
     def _half(self, notes: CallNotes, running: RunningBranches, family: Any, original: Any, arguments: Any) -> Any:
         number = notes.calls - 1
         branch = notes.layout.order[number]
-        notes.latents = family.latents(arguments)
+        given = family.latents(arguments)
         if running == "none" or (running == "cond" and branch == "uncond"):
+            notes.latents = self._cut(family, notes.outputs[number], given)[1]
             return family.with_prediction(notes.form, notes.outputs[number])
         output = self._timed("cond", original, arguments)
         self._keep(notes, family, output, number)
-        notes.now[branch] = self._cut(family, family.prediction(output), notes.latents)
+        notes.now[branch], notes.latents = self._cut(family, family.prediction(output), given)
         return output
 
     def _keep(self, notes: CallNotes, family: Any, output: Any, number: int) -> None:
@@ -130,17 +133,19 @@ class Branches:
             notes.form = family.without_prediction(output)
         notes.outputs[number] = family.prediction(output)
 
-    def _cut(self, family: Any, prediction: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """The prediction without the channels that the latents do not have, such as a learned variance."""
-        if prediction.dim() != latents.dim():
+    def _cut(self, family: Any, prediction: torch.Tensor, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A prediction without a learned variance behind it, and latents without an image's behind them: the first
+        channels, which both have."""
+        sizes = list(zip(prediction.shape, latents.shape, strict=False))
+        different = [dim for dim, (one, other) in enumerate(sizes) if one != other]
+        if prediction.dim() != latents.dim() or len(different) > 1:
             raise UnsupportedModelError(
                 f"a prediction of shape {list(prediction.shape)} and latents of {list(latents.shape)} do not add up, "
                 f"so no schedule can be fitted to {family.name} here"
             )
-        for dim, size in enumerate(latents.shape):
-            if prediction.shape[dim] > size:
-                prediction = prediction.narrow(dim, 0, size)
-        return prediction.float()
+        for dim in different:
+            prediction, latents = (one.narrow(dim, 0, min(sizes[dim])) for one in (prediction, latents))
+        return prediction.float(), latents
 
     def _timed(self, kind: str, original: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
         device = next(value.device for value in arguments.values() if isinstance(value, torch.Tensor))
@@ -151,13 +156,15 @@ class Branches:
         self.seconds[kind].append(time.perf_counter() - start)
         return output
 
-    def low(self, notes: CallNotes, difference: torch.Tensor, divisor: int) -> torch.Tensor:
-        """The low frequencies of a difference of the branches, as CFG-Cache takes them."""
+    def bands(
+        self, notes: CallNotes, uncond: torch.Tensor, cond: torch.Tensor, divisor: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The difference of the branches in its low and its high frequencies, as CFG-Cache takes them."""
         family = self.families[notes.component]
-        planes = family.planes(difference, notes.arguments).contiguous()
-        low, high = torch.empty_like(planes), torch.empty_like(planes)
-        ops.cfg_split(low, high, planes, torch.zeros_like(planes), min(planes.shape[-2:]) // divisor)
-        return family.unplaned(low, notes.arguments)
+        of_uncond, of_cond = (family.planes(one, notes.arguments) for one in (uncond, cond))
+        low, high = (torch.empty_like(of_cond, memory_format=torch.contiguous_format) for _ in range(2))
+        ops.cfg_split(low, high, of_uncond, of_cond, min(low.shape[-2:]) // divisor)
+        return family.unplaned(low, notes.arguments), family.unplaned(high, notes.arguments)
 
 
 def wait(device: torch.device) -> None:

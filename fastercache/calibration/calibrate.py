@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastercache import api
 from fastercache.calibration.capture import Capture, Reference
-from fastercache.calibration.clips import Example, clip_of, interval, psnr
+from fastercache.calibration.clips import Example, clip_of, described, interval, psnr
 from fastercache.calibration.costs import Costs
 from fastercache.calibration.gains import Disturbed, importance
 from fastercache.calibration.lockstep import Stage
@@ -159,17 +159,17 @@ class Calibration:
         self.pipe, self.stage = pipe, Stage(pipe, call)
         models = list(self.stage.denoisers.values())
         known = signature_of(None, models, steps=steps, shape=(1,), dtype=torch.float32, guided=True)
-        identity = {
+        self.identity = {
             "model": [known.model, known.config, known.weights, known.adapters],
             "pipeline": type(pipe).__name__,
-            "call": {name: str(value) for name, value in call.items()},
+            "call": {name: str(value) if _is_text(value) else described(value) for name, value in call.items()},
             "prompts": [one.key for one in (*self.fitted_examples, *self.held_examples)],
             "effort": asdict(self.effort),
             "options": asdict(options),
             "scheduler": [type(pipe.scheduler).__name__, dict(pipe.scheduler.config)],
         }
         self.out = None if out is None else Path(out)
-        self.store = Store(None if self.out is None else self.out / "captured", identity)
+        self.store = Store(None if self.out is None else self.out / "captured", self.identity)
         self.results: list[Found] = []
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), disable=not progress, transient=True
@@ -191,7 +191,7 @@ class Calibration:
         with self._bar:
             start = self._clock()
             with self.stage.open():
-                self.prepare()
+                self.prepare(max(targets) if psnr is None else None)
             prepared = self._clock() - start
             for target in targets:
                 start = self._clock() - prepared
@@ -218,34 +218,55 @@ class Calibration:
             facts | environment.versions(),
         )
 
-    def prepare(self) -> None:
-        """Uncached generations, and what follows from them; on a stage that is open."""
+    def prepare(self, speedup: float | None = None) -> None:
+        """Uncached generations, and what follows from them; on a stage that is open.
+
+        speedup: the most that is asked for, which is refused after the first generation where no steps reach it.
+        """
         capture = Capture(self.stage, self.options.divisor)
 
+        def signature() -> dict[str, Any]:
+            if capture.signature is None:
+                capture.reference(self.fitted_examples[0])
+            assert capture.signature is not None
+            return capture.signature.as_dict()
+
+        def captured(example: Example) -> Reference:
+            reference = capture.reference(example)
+            self.store.found("signature", signature)  # before the reference, which would not be captured again for it
+            return reference
+
         def made(example: Example) -> Reference:
-            reference = self.store.reference(example, capture.reference)
+            reference = self.store.reference(example, captured)
             self._advance(1.0)
             return reference
 
-        self.fitted = [made(example) for example in self.fitted_examples]
+        first, *others = self.fitted_examples
+        self.fitted = [made(first)]
+        self.costs = Costs(**self.store.found("costs", lambda: asdict(capture.costs(first))))
+        if speedup is not None:
+            self._check_reached(speedup)
+        self.fitted += [made(example) for example in others]
         self.held = [made(example) for example in self.held_examples]
-        first = self.fitted[0]
-        signature = self.store.found("signature", lambda: (capture.signature or self._signature(capture)).as_dict())
-        self.signature = Signature.from_dict(signature, "the stored signature")
-        self.costs = Costs(**self.store.found("costs", lambda: asdict(capture.costs(first.example))))
+        self.signature = Signature.from_dict(self.store.found("signature", signature), "the stored signature")
         disturbed = Disturbed(self.stage)
         curve = self.store.found(
-            "importance", lambda: importance(disturbed, self.fitted[:2], self.effort.points)[0].tolist()
+            "importance", lambda: importance(disturbed, self.fitted[:2], self.effort.points).tolist()
         )
         self._advance(0.6 * self.effort.points)
         self.importance = np.asarray(curve)
         self.residuals = Residuals(self.fitted)
         self.seconds_uncached = float(np.median([one.seconds for one in self.fitted]))
 
-    def _signature(self, capture: Capture) -> Signature:
-        capture.reference(self.fitted_examples[0])
-        assert capture.signature is not None
-        return capture.signature
+    def _check_reached(self, speedup: float) -> None:
+        """`CalibrationError` where the first reference's steps and costs allow no schedule that is so much faster."""
+        residuals = Residuals(self.fitted[:1])
+        fastest = self.costs.speedup(Search(residuals, np.ones(residuals.steps), self.costs).fastest())
+        if speedup > fastest:
+            raise CalibrationError(
+                f"a speed-up of {speedup:g} cannot be reached: of {residuals.steps} steps, the fastest schedule that "
+                f"is searched gives {fastest:.2f}; ask for less, or for fewer steps in num_inference_steps too"
+            )
 
     # ---- candidates --------------------------------------------------------------------------------------------------
 
@@ -268,12 +289,6 @@ class Calibration:
     def _best(self, speedup: float) -> Candidate:
         """The best schedule that is at least so much faster."""
         first = next(self.searches())[0]
-        fastest = self.costs.speedup(first.fastest())
-        if speedup > fastest:
-            raise CalibrationError(
-                f"a speed-up of {speedup:g} cannot be reached: of {self.residuals.steps} steps, the fastest schedule "
-                f"that is searched gives {fastest:.2f}; ask for less, or for fewer steps in num_inference_steps too"
-            )
         runs: dict[Running, None] = {}
         for search, whole in self.searches():
             running = search.best(speedup, whole)
@@ -387,6 +402,11 @@ def divided(prompts: Sequence[Any], effort: Effort, seed: int) -> tuple[list[Exa
 def spread(numbers: Sequence[int], count: int) -> list[int]:
     """So many of the numbers, at equal distances."""
     return [numbers[(2 * i + 1) * len(numbers) // (2 * count)] for i in range(count)]
+
+
+def _is_text(value: Any) -> bool:
+    """Whether what `str` gives says all of a value."""
+    return value is None or isinstance(value, str | int | float)
 
 
 def _check(pipe: Any, prompts: Sequence[str | Mapping[str, Any]], steps: int, effort: str) -> None:

@@ -143,7 +143,7 @@ class Capture:
         watch.weights.append(self._weights(lane, moment, cond, difference, guided))
         watch.response.append(self._response(lane, moment))
         watch.experts.append(calls.component)
-        low = self.branches.low(calls, difference, self.divisor) if guided else difference
+        low = self.branches.bands(calls, calls.now["uncond"], cond, self.divisor)[0] if guided else difference
         watch.window.append(torch.stack([one.float().flatten() for one in (cond, difference, latents, low)]))
         for back, earlier in enumerate(reversed(watch.window)):
             watch.products[lane.step, lane.step - back] = products(watch.window[-1], earlier)

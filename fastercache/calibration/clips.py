@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastercache.report import metrics
+
 CEILING = 100.0
 """In dB; stands for the infinite PSNR of equal clips, so that means stay finite."""
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365)
@@ -41,11 +43,13 @@ class Example:
 
 
 def described(value: Any) -> str:
-    """A short hash of a call's arguments, tensors included."""
+    """A short hash of a call's arguments, tensors and images included."""
 
     def plain(part: Any) -> Any:
         if isinstance(part, torch.Tensor):
-            return hashlib.sha256(part.detach().float().cpu().numpy().tobytes()).hexdigest()
+            part = part.detach().float().cpu().numpy()
+        if hasattr(part, "__array_interface__"):  # an image, too, whose text has its address
+            return hashlib.sha256(np.asarray(part).tobytes()).hexdigest()
         return f"{type(part).__name__} {part}"
 
     ordered = dict(sorted(value.items())) if isinstance(value, Mapping) else value
@@ -61,10 +65,9 @@ def clip_of(output: Any) -> np.ndarray:
 
 def psnr(made: np.ndarray, wanted: np.ndarray) -> float:
     """In dB, at most `CEILING`; the peak is 1 for frames, and the range of the wanted ones for latents."""
-    error = float(np.mean((made.astype(np.float64) - wanted) ** 2))
     inside = wanted.min() >= 0 and wanted.max() <= 1
     peak = 1.0 if inside else float(wanted.max() - wanted.min())
-    return min(10 * math.log10(peak**2 / error), CEILING) if error else CEILING
+    return min(metrics.psnr_of_clip(made, wanted, peak), CEILING)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:

@@ -49,18 +49,15 @@ class Disturbed:
         return self.branches.call(lane, lane.notes, running, component, original, arguments)
 
 
-def importance(
-    disturbed: Disturbed, references: Sequence[Reference], points: int
-) -> tuple[np.ndarray, dict[int, float]]:
+def importance(disturbed: Disturbed, references: Sequence[Reference], points: int) -> np.ndarray:
     """The error of the last latents for an error of one in each step's guided prediction: float64 `[steps]`, a smooth
-    curve through so many measured points, and these."""
+    curve through so many measured points."""
     steps = len(references[0].guided)
     at = sorted({round(1 + (steps - 2) * (k / (points - 1)) ** 1.3) for k in range(points)})
-    measured = {}
+    measured = []
     for number, step in enumerate(at):
         reference = references[number % len(references)]
         # What a skipped step does wrong: it lags behind.
         lag = reference.guided[step].float() - reference.guided[step - 1].float()
-        measured[step] = disturbed.gain(reference, step, lag)
-    curve = np.exp(np.interp(range(steps), at, np.log(np.maximum([measured[step] for step in at], 1e-12))))
-    return curve, measured
+        measured.append(disturbed.gain(reference, step, lag))
+    return np.exp(np.interp(range(steps), at, np.log(np.maximum(measured, 1e-12))))

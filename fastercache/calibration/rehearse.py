@@ -202,10 +202,9 @@ class Rehearsals:
                 rebuilt = rebuilt + values["previous"] * watch.differences[1][2]
             now.uncond = rebuilt
         elif calls.layout.guided:
-            assert now.uncond is not None
-            difference = now.uncond - now.cond
-            low = self.branches.low(calls, difference, self.options.divisor)
-            watch.differences = [(low, difference - low, difference), *watch.differences[:1]]
+            assert now.uncond is not None and now.difference is not None
+            low, high = self.branches.bands(calls, now.uncond, now.cond, self.options.divisor)
+            watch.differences = [(low, high, now.difference), *watch.differences[:1]]
         watch.known = [now, *watch.known[: MAX_PREDICTIONS - 1]]
 
 

@@ -33,10 +33,18 @@ def of_pipeline(pipeline: Any) -> Carried | None:
 def resolve(
     schedule: Schedule | Policy | str | Path | None, pipeline: Any = None, *, download: bool = False
 ) -> Schedule | Policy:
-    """What a user may name a schedule by: as `policies.resolve` has it, a repository on the hub, a file in one, or
-    `None` for what a pipeline carries, else the paper's policy."""
+    """What a user may name a schedule by: as `policies.resolve` has it, a folder of schedules as calibration leaves it,
+    a repository on the hub, a file in one, or `None` for what a pipeline carries, else the paper's policy."""
     if schedule is None:
         return (None if pipeline is None else of_pipeline(pipeline)) or paper
+    known = isinstance(schedule, str) and schedule in policies.BY_NAME | policies.PRESETS
+    if isinstance(schedule, str | Path) and not known and Path(schedule).is_dir():
+        if not (Path(schedule) / INDEX).is_file():
+            raise ScheduleError(
+                f"{str(schedule)!r} is a folder without an {INDEX} of schedules; give one that fastercache calibrate "
+                "left, or a schedule's JSON file"
+            )
+        return Carried.read(Path(schedule), str(schedule), None)
     if isinstance(schedule, str) and schedule not in policies.BY_NAME | policies.PRESETS:
         match = re.fullmatch(rf"({HUB_NAME})(?:/(.+\.json))?", schedule)
         if match and not Path(schedule).exists() and (match[2] or not schedule.endswith(".json")):

@@ -10,6 +10,7 @@ from fastercache.models.family import Family
 from fastercache.models.full_attention import Allegro, LTXVideo, Wan
 from fastercache.models.generic import Generic
 from fastercache.models.hunyuan_video import HunyuanVideo
+from fastercache.models.hunyuan_video15 import HunyuanVideo15
 from fastercache.models.latte import Latte
 from fastercache.models.mochi import AsymmMochi, Mochi
 from fastercache.models.open_sora import OpenSora
@@ -22,6 +23,7 @@ FAMILIES: list[Family] = [
     OpenSora(),
     Mochi(),
     HunyuanVideo(),
+    HunyuanVideo15(),
     LTXVideo(),
     Allegro(),
     Wan(),

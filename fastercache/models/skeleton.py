@@ -11,7 +11,7 @@ import functools
 import gc
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,11 +42,12 @@ LEFT_OUT = frozenset(
     }
 )
 """Of a module's attributes: what offloading, caching, compilation and a division between processes have put there."""
-MOST_KNOWN = 2**20
-"""Elements up to which a tensor made inside a call on shapes has its values."""
+MOST_KNOWN = 2**23
+"""Bytes up to which a tensor made inside a call on shapes has its values."""
 _META = torch.device("meta")
 MOST_KEPT = 64
-"""Elements up to which an argument of one dimension, as a timestep is, keeps its values for a later count."""
+"""Elements up to which an argument of one dimension, as a timestep is, keeps its values for a later count. So does one
+number that is expanded to a shape: what `Family.countable` says of an argument that decides what a call does."""
 
 
 def on_meta(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,12 +107,8 @@ def on_shapes(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[[Mapping[s
             if not isinstance(value, torch.Tensor):
                 return value
             stand_in = torch.empty(value.shape, dtype=value.dtype, device=device)
-            if (
-                not isinstance(value, FakeTensor)
-                and value.device.type != "meta"
-                and value.dim() <= 1
-                and value.numel() <= MOST_KEPT
-            ):
+            few = value.numel() <= MOST_KEPT if value.dim() <= 1 else not any(value.stride()) and _small(value)
+            if few and not isinstance(value, FakeTensor) and value.device.type != "meta":
                 with _disable_current_modes():
                     _know(stand_in, value.detach().to("cpu", copy=True))
             return stand_in
@@ -183,8 +180,17 @@ def _know(stand_in: torch.Tensor, value: torch.Tensor) -> None:
     stand_in._value = value  # type: ignore[attr-defined]
 
 
+def _small(tensor: torch.Tensor) -> bool:
+    return tensor.numel() * tensor.element_size() <= MOST_KNOWN
+
+
 LIFTS = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)
 """What a tensor that is written out, as in `torch.tensor(1)`, goes through."""
+UNWRITTEN = tuple(
+    getattr(torch.ops.aten, name)
+    for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted")
+)
+"""What gives memory as it is: stand-ins for arguments, too, come of it."""
 
 
 class _Values(TorchDispatchMode):
@@ -205,18 +211,37 @@ class _Values(TorchDispatchMode):
             return None
         return value
 
+    def _places(self, indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """Indices with as many places in place of a mask of known values as it picks: of a mask alone nobody knows how
+        many."""
+        places: list[torch.Tensor | None] = []
+        for index in indices:
+            mask = self._value(index) if index is not None and index.dtype is torch.bool else None
+            if index is None or mask is None:
+                places.append(index)
+                continue
+            with _disable_current_modes():
+                count = int(mask.sum())
+            places += [torch.zeros(count, dtype=torch.long, device=index.device)] * index.dim()
+        return places
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         leaves, structure = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         values = tensors if func in LIFTS else [self._value(tensor) for tensor in tensors]
-        known = None not in values and torch.Tag.nondeterministic_seeded not in func.tags
+        known = (
+            None not in values
+            and torch.Tag.nondeterministic_seeded not in func.tags
+            and func.overloadpacket not in UNWRITTEN
+        )
         if func is torch.ops.aten._local_scalar_dense.default and known:
             with _disable_current_modes():
                 return values[0].item()  # type: ignore[union-attr]
-        output = func(*args, **kwargs)
+        given = (args[0], self._places(args[1])) if func is torch.ops.aten.index.Tensor else args
+        output = func(*given, **kwargs)
         outputs = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, torch.Tensor)]
-        if known and all(tensor.numel() <= MOST_KNOWN for tensor in outputs):
+        if known and all(map(_small, outputs)):
             remaining = iter(values)
             leaves = [
                 next(remaining)

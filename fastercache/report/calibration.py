@@ -104,7 +104,9 @@ def _table(report: CalibrationReport, names: Sequence[str]) -> list[str]:
     for schedule, name in zip(report.schedules, names, strict=True):
         found, cells = schedule.measured, ["not measured"] * 7
         if found is not None:
-            interval = "" if found.psnr_interval is None else "{:.1f} to {:.1f}".format(*found.psnr_interval)
+            interval = (
+                "of one pair none" if found.psnr_interval is None else "{:.1f} to {:.1f}".format(*found.psnr_interval)
+            )
             cells = [f"{found.speedup:.2f}", f"{found.flops_ratio:.2f}", f"{found.psnr:.1f}", interval]
             cells += [f"{found.psnr_least:.1f}", f"{found.pairs}"]
             cells += [f"{found.calibration:.0f} generations, {found.seconds:.0f} s"]

@@ -3,10 +3,10 @@ see."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 WINDOW = 11
 """Pixels of a side of SSIM's window."""
@@ -19,8 +19,14 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     over the n clips. Infinite as soon as one clip equals the other exactly.
     """
     _check(a, b)
-    with np.errstate(divide="ignore"):
-        return float(np.mean([peak_signal_noise_ratio(x, y, data_range=1.0) for x, y in zip(a, b, strict=True)]))
+    return float(np.mean([psnr_of_clip(x, y) for x, y in zip(a, b, strict=True)]))
+
+
+def psnr_of_clip(made: np.ndarray, wanted: np.ndarray, peak: float = 1.0) -> float:
+    """`10 log10(peak^2 / MSE)` in dB of two arrays of one shape, such as a clip's frames or its latents, in float64;
+    infinite where they are equal."""
+    error = float(np.mean((made.astype(np.float64) - wanted) ** 2))
+    return 10 * math.log10(peak**2 / error) if error else math.inf
 
 
 def ssim(a: np.ndarray, b: np.ndarray, *, borders: bool = False) -> float:
@@ -32,6 +38,8 @@ def ssim(a: np.ndarray, b: np.ndarray, *, borders: bool = False) -> float:
     borders: take the mean over all pixels of frames of at least 6 x 6, mirrored at their edges, as torchmetrics does;
         else over those whose window lies inside the frame, of at least 11 x 11, as the authors and scikit-image do.
     """
+    from skimage.metrics import structural_similarity  # a calibration needs PSNR alone
+
     _check(a, b)
     margin = WINDOW // 2 if borders else 0
     frames = zip(*(_mirrored(clips.reshape(-1, *clips.shape[2:]), margin) for clips in (a, b)), strict=True)

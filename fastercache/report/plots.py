@@ -67,7 +67,7 @@ def plot(series: Sequence[Series], x: str, y: str, logarithmic: bool = False) ->
         raise ValueError("there is no point to draw")
     top = TOP + LEGEND * len(series)
     bottom = top + HEIGHT
-    across = _axis([point[0] for point in points], LEFT, WIDTH - RIGHT, False)
+    across = _axis([x for one in series for x, _ in one.points if math.isfinite(x)], LEFT, WIDTH - RIGHT, False)
     up = _axis([point[1] for point in points], bottom, top, logarithmic)
     height = bottom + BOTTOM
     parts = [
@@ -91,7 +91,7 @@ def plot(series: Sequence[Series], x: str, y: str, logarithmic: bool = False) ->
         colour = one.colour or next(colours)
         parts += _marks(one, across, up, colour)
         line = TOP + LEGEND * number
-        parts.append(f'<circle cx="{LEFT + 6}" cy="{line}" r="5" fill="{colour}"/>')
+        parts.append(_legend(one, LEFT + 6, line, colour))
         parts.append(_text(LEFT + 18, line + 4, one.name, "start"))
     return "\n".join((*parts, "</svg>\n"))
 
@@ -119,6 +119,15 @@ def _marks(one: Series, across: _Axis, up: _Axis, colour: str) -> list[str]:
     return [f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="2"/>']
 
 
+def _legend(one: Series, x: float, y: float, colour: str) -> str:
+    """What stands for a series: as its points or its line look."""
+    if one.kind == "line":
+        return f'<line x1="{x - 6}" x2="{x + 6}" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="2"/>'
+    if one.kind == "rings":
+        return f'<circle cx="{x}" cy="{y}" r="5" fill="#ffffff" stroke="{colour}" stroke-width="2.5"/>'
+    return f'<circle cx="{x}" cy="{y}" r="4" fill="{colour}"/>'
+
+
 def _text(x: float, y: float, text: str, anchor: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{TEXT}">{escape(text)}</text>'
 
@@ -126,10 +135,12 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
 def _axis(values: Sequence[float], start: float, end: float, logarithmic: bool) -> _Axis:
     low, high = min(values), max(values)
     if logarithmic:
-        powers = range(
-            math.floor(math.log10(low)), max(math.ceil(math.log10(high)), math.floor(math.log10(low)) + 1) + 1
-        )
-        ticks = tuple(10.0**power for power in powers)
+        factors = (1, 2, 5) if high < 100 * low else (1,)  # powers of ten alone are few lines to read a value by
+        powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
+        marks = [factor * 10.0**power for power in powers for factor in factors]
+        first = max(number for number, mark in enumerate(marks) if mark <= low)
+        last = min(number for number, mark in enumerate(marks) if mark >= high and number > first)
+        ticks = tuple(marks[first : last + 1])
         return _Axis(ticks[0], ticks[-1], start, end, ticks, True)
     if low == high:
         low, high = low - 0.5, high + 0.5

@@ -64,10 +64,9 @@ def load(name: str = "shapes", dtype: torch.dtype = torch.float32) -> Any:
             f"no embedded pipeline is called {name!r}; there are {', '.join(PIPELINES)}, and a dtype is given as dtype="
         )
     pipe = load_pipeline(PIPELINES[name].path, dtype)
-    if name == "shapes":
-        from fastercache.shapes.text_to_video import ShapesPipeline
+    from fastercache.shapes.text_to_video import CLASSES
 
-        pipe.__class__ = ShapesPipeline  # whose defaults are what it was trained for
+    pipe.__class__ = CLASSES[name]  # whose defaults are what it was trained for
     return pipe
 
 

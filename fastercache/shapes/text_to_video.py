@@ -1,4 +1,5 @@
-"""diffusers' `LattePipeline` with the defaults of the embedded pipeline."""
+"""diffusers' `LattePipeline` and `WanPipeline` with the defaults of the embedded pipelines: `pipe(prompt)` samples what
+the weights were trained for, where their classes ask for 512 x 512 or 832 x 480 pixels."""
 
 from __future__ import annotations
 
@@ -6,28 +7,40 @@ import functools
 import inspect
 from typing import Any
 
-from diffusers import LattePipeline
+from diffusers import LattePipeline, WanPipeline
 
 from fastercache import shapes
 
-DEFAULTS = shapes.CALL | {"guidance_scale": shapes.GUIDANCE_SCALE, "num_inference_steps": shapes.STEPS}
-_signature = inspect.signature(LattePipeline.__call__)
-_signature = _signature.replace(
-    parameters=[each.replace(default=DEFAULTS.get(name, each.default)) for name, each in _signature.parameters.items()]
-)
 
+def trained_for(original: type, embedded: shapes.Embedded) -> type:
+    """A class of pipelines whose call has the defaults of an embedded one.
 
-class ShapesPipeline(LattePipeline):
-    """`pipe(prompt)` samples what the weights were trained for, 8 frames of 64 x 64, where `LattePipeline` asks for 16
-    of 512 x 512."""
+    Its name is the original's, which save_pretrained writes down and from_pretrained looks up.
+    """
+    defaults = {
+        **embedded.call,
+        "guidance_scale": embedded.guidance_scale,
+        "num_inference_steps": embedded.steps,
+    }
+    signature = inspect.signature(original.__call__)
+    signature = signature.replace(
+        parameters=[
+            each.replace(default=defaults.get(name, each.default)) for name, each in signature.parameters.items()
+        ]
+    )
 
-    @functools.wraps(LattePipeline.__call__)
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given = _signature.bind(self, *args, **kwargs)
+    @functools.wraps(original.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs)
         given.apply_defaults()
-        return LattePipeline.__call__(*given.args, **given.kwargs)
+        return original.__call__(*given.args, **given.kwargs)
 
-    __call__.__signature__ = _signature  # type: ignore[attr-defined]
+    call.__signature__ = signature  # type: ignore[attr-defined]
+    return type(original.__name__, (original,), {"__call__": call, "__module__": __name__})
 
 
-ShapesPipeline.__name__ = LattePipeline.__name__  # what save_pretrained writes down, and from_pretrained looks up
+CLASSES = {
+    name: trained_for(original, shapes.PIPELINES[name])
+    for name, original in (("shapes", LattePipeline), ("wan", WanPipeline))
+}
+"""By the names of the embedded pipelines."""
