@@ -166,8 +166,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "Steps (`#` both branches, `c` the conditional one, `.` none):",
         "```\n"
         + "\n".join(
-            f"{one.name:>16} {shown([step.branches for step in one.steps])}"
-            for one in (*schedules, quick.schedule, unguided.schedule)
+            f"{name:>24} {shown([step.branches for step in one.steps])}"
+            for name, one in {
+                **{one.name: one for one in schedules},
+                "quick": quick.schedule,
+                "no guidance, calibrated": unguided.schedule,
+            }.items()
         )
         + "\n```",
     ]
