@@ -7,7 +7,7 @@ import functools
 import inspect
 from typing import Any
 
-from diffusers import LattePipeline, WanPipeline
+import diffusers
 
 from fastercache import shapes
 
@@ -39,8 +39,7 @@ def trained_for(original: type, embedded: shapes.Embedded) -> type:
     return type(original.__name__, (original,), {"__call__": call, "__module__": __name__})
 
 
-CLASSES = {
-    name: trained_for(original, shapes.PIPELINES[name])
-    for name, original in (("shapes", LattePipeline), ("wan", WanPipeline))
-}
-"""By the names of the embedded pipelines."""
+LattePipeline = trained_for(diffusers.LattePipeline, shapes.PIPELINES["shapes"])
+WanPipeline = trained_for(diffusers.WanPipeline, shapes.PIPELINES["wan"])
+CLASSES = {"shapes": LattePipeline, "wan": WanPipeline}
+"""By the names of the embedded pipelines. Pickle looks a class up by its name in this module."""
