@@ -9,7 +9,7 @@ the paper's schedule, the calibrated ones, `effort="quick"`, and without guidanc
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -40,11 +40,20 @@ def carried(pipeline: str) -> Path:
     return PIPELINES[pipeline].path / shapes.SCHEDULES
 
 
-def calibration(pipeline: str, steps: int, work: Path, effort: str = "full", guided: bool = True) -> Calibration:
-    """A calibration on the calibration prompts, kept under `work`."""
+def calibration(
+    pipeline: str,
+    steps: int,
+    work: Path,
+    effort: str = "full",
+    guided: bool = True,
+    call: Mapping[str, Any] | None = None,
+) -> Calibration:
+    """A calibration on the calibration prompts, kept under `work`. call: other arguments than the pipeline's own."""
     embedded = PIPELINES[pipeline]
-    call = dict(embedded.call) | {"guidance_scale": embedded.guidance_scale if guided else 1.0}
-    folder = work / f"calibration-{pipeline}-{effort}{'' if guided else '-unguided'}-{steps}"
+    sizes = "" if call is None else f"-{call['height']}x{call['width']}"
+    call = dict(embedded.call if call is None else call)
+    call |= {"guidance_scale": embedded.guidance_scale if guided else 1.0}
+    folder = work / f"calibration-{pipeline}-{effort}{'' if guided else '-unguided'}-{steps}{sizes}"
     prompts = shapes.calibration_prompts(pipeline)
     pipe = shapes.pipeline(pipeline)
     return Calibration(pipe, prompts, steps, effort, call, shapes.FIRST_CALIBRATION_SEED, folder)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from longer import long
 
 pytest.importorskip("scipy")
 pytest.importorskip("skimage")
@@ -274,3 +275,18 @@ def test_the_demo_is_as_good_as_its_worst_run(tmp_path, monkeypatch):
     found = json.loads((tmp_path / "demo.json").read_text())
     assert found["least_share"] == pytest.approx(2.6 / 3) and not found["holds"]
     assert "does not hold" in (tmp_path / "demo.md").read_text()
+
+
+@long
+def test_the_steps_searched_at_half_the_size(tmp_path, monkeypatch):
+    """From the command to the files, of few steps."""
+    from bench import calibration_resolution
+
+    monkeypatch.setattr(calibration_resolution.report, "commit", lambda: "none")
+    out = tmp_path / "out.json"
+    arguments = ["--pipeline", "wan", "--steps", "14", "--pairs", "2", "--processes", "0", "--work", str(tmp_path)]
+    calibration_resolution.main([*arguments, "--out", str(out)])
+    found = json.loads(out.read_text())
+    assert [row["searched"] for row in found["rows"]] == ["at its own size", "at half of it"]
+    assert all(row["flops_ratio"] > 2.5 and 15 < row["psnr_db"] < 60 for row in found["rows"])
+    assert "carr" in out.with_suffix(".md").read_text()
