@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -103,7 +104,8 @@ def calibrated_arms(pipeline: str, steps: int, folder: Path) -> tuple[list[Arm],
     index beside them is none."""
     arms: list[Arm] = []
     left_out = []
-    for path in sorted(path for path in folder.glob("*.json") if path.name != "index.json"):
+    paths = sorted(path for path in folder.glob("*.json") if path.name != "index.json")
+    for path in sorted(paths, key=lambda path: [float(number) for number in re.findall(r"\d+\.?\d*", path.stem)]):
         try:
             schedule = Schedule.from_json(path)
         except FasterCacheError as error:

@@ -280,19 +280,22 @@ def test_leads_and_bars_of_made_up_arms():
     ]
     comparison = frontier_report.compare(ARMS, measured, timed)
     at = {(one["speed_up"], one["method"]): one for one in comparison}
-    assert at[2.0, "peer"]["lead_db"] == pytest.approx(5.0) and at[3.0, "peer"]["psnr_db"] is None
+    assert at[2.0, "peer"]["lead_db"] == pytest.approx(5.0) and at[2.0, "peer"]["bound"] == ""
+    beyond = at[3.0, "peer"]  # its fastest is 2.5 times as fast
+    assert beyond["bound"] == "at most" and beyond["lead_db"] == pytest.approx(5 - 10 * math.log2(3 / 2.5))
     assert at[3.0, "fewer steps"]["lead_db"] == pytest.approx(0.0)
     faster = [{name: one | {"denoiser_seconds": 10 / SPEEDS[name] / (2 if name in ("slow", "fast") else 1)}
                for name, one in each.items()} for each in timed]  # fmt: skip
     at = {(one["speed_up"], one["method"]): one for one in frontier_report.compare(ARMS, measured, faster)}
     bound, between = at[2.0, "peer"], at[3.0, "peer"]
-    assert bound["slowest_is_faster"] and bound["psnr_db"] == pytest.approx(measured["slow"]["psnr_db"].mean())
-    assert not between["slowest_is_faster"] and between["measured_speed_ups"] == [3.0, 5.0]
+    assert bound["bound"] == "at least" and bound["psnr_db"] == pytest.approx(measured["slow"]["psnr_db"].mean())
+    assert not between["bound"] and between["measured_speed_ups"] == [3.0, 5.0]
     assert between["psnr_db"] == bound["psnr_db"]
     again = frontier_report.repeated(measured, timed)
     assert set(again) == set(SPEEDS) - {"uncached"} and all(x == pytest.approx(0.1) for x in again.values())
     bars = frontier_report.bars(comparison, again, 0.2)
-    assert [bar["verdict"] for bar in bars] == ["holds", "holds", "reported", "not measured", "reported"]
+    assert [bar["verdict"] for bar in bars] == ["holds", "holds", "reported", "does not hold", "reported"]
+    assert "(none reaches it: over the fastest, 2.50x)" in bars[3]["bar"] and "none" not in bars[1]["bar"]
     assert bars[2]["of"] == "fewer steps" and frontier_report.bars([], again, 0.05)[0]["verdict"] == "does not hold"
 
 
