@@ -355,7 +355,7 @@ def test_every_pipeline_has_at_most_32_arms(monkeypatch, tmp_path):
     monkeypatch.setattr(frontier_settings, "magcache_ratios", lambda *_: [1.0] * STEPS)
     monkeypatch.setattr(frontier_settings, "schedules", lambda *_: dict.fromkeys(("a", "b", "c"), policies.fora))
     monkeypatch.setattr(frontier, "fails", lambda *_: False)
-    for number in range(frontier.MOST_CALIBRATED + 1):
+    for number in (0, 1, 2, 10, 11, 12):
         (tmp_path / f"{number}x.json").write_text(policies.none(STEPS).to_json())
     (tmp_path / "long.json").write_text(policies.none(STEPS + 1).to_json())
     for name in ("index.json", "wrong.json"):
@@ -363,7 +363,8 @@ def test_every_pipeline_has_at_most_32_arms(monkeypatch, tmp_path):
     for pipeline in PIPELINES:
         calibrated, left_out = frontier.calibrated_arms(pipeline, STEPS, tmp_path)
         assert len(calibrated) == frontier.MOST_CALIBRATED and len(left_out) == 3
-        assert left_out[-1].startswith("wrong.json: ScheduleError") and "7 steps, not 6" in left_out[1]
+        assert [arm.name for arm in calibrated] == [f"{number}x" for number in (0, 1, 2, 10, 11)]
+        assert "7 steps, not 6" in left_out[0] and left_out[1].startswith("wrong.json: ScheduleError")
         theirs = frontier.peer_arms(pipeline, STEPS, None, 1)
         most = max(sum(arm.method == method for arm in theirs) for method in {arm.method for arm in theirs})
         arms = [*frontier.own_arms(pipeline, STEPS), *calibrated, *frontier.policy_arms(pipeline, STEPS, None, 1)]
