@@ -308,6 +308,11 @@ COLOURS = (
     "#97bbf5",
     "#9c6b4e",
     "#9498a0",
+    "#7d1d3f",
+    "#1f6f6b",
+    "#b5a642",
+    "#5b4bd6",
+    "#d96c06",
 )
 
 
@@ -336,7 +341,7 @@ def plot(found: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "frontier", "font.size": 9}):
         figure, axes = pyplot.subplots(figsize=(8.5, 5.2), layout="constrained")
         others = [method for method in methods if method != "calibrated"]
-        for method, points in methods.items():
+        for method, points in sorted(methods.items(), key=lambda one: one[0] != "calibrated"):
             points = sorted(points, key=lambda row: row[axis])
             ours = method == "calibrated"
             axes.plot(
