@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from longer import long
 
 import fastercache
 from fastercache import shapes
@@ -57,6 +58,27 @@ def test_the_papers_schedule_runs_and_guidance_takes_two_calls(pipe):
         assert rows["uncond", "joint"].skipped > 0 and rows["cond", "joint"].blended > 0
     finally:
         fastercache.restore(pipe)
+
+
+@long
+@pytest.mark.parametrize(("schedule", "steps"), [("paper", 12), (None, 50)])
+def test_compiled_phases_are_as_near_to_eager_as_the_uncached_model(pipe, schedule, steps):
+    """The paper's schedule, and the calibrated one that the pipeline carries."""
+    eager = sample(pipe, steps)
+    fastercache.compile(pipe, schedule, backend="inductor", regional=True)
+    try:
+        with fastercache.disabled(pipe):
+            assert torch.equal(sample(pipe, steps), eager)
+        compiled, said = sample(pipe, steps), fastercache.summary(pipe).compiled
+    finally:
+        fastercache.restore(pipe)
+    fastercache.compile(pipe, schedule)
+    try:
+        cached = sample(pipe, steps)
+    finally:
+        fastercache.restore(pipe)
+    assert "inductor" in said
+    assert 0 < (compiled - cached).abs().max() < 1e-3 * cached.abs().max() < (cached - eager).abs().max()
 
 
 def test_a_clip_of_few_steps_shows_its_prompt(pipe):
